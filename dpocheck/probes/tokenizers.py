@@ -76,3 +76,15 @@ def jinja(template: Template) -> str:
         )
     prompt = f"{{% if add_generation_prompt %}}{{{{ {template.generation_prompt!r} }}}}{{% endif %}}"
     return "{% for m in messages %}" + "".join(branches) + "{% endif %}{% endfor %}" + prompt
+
+
+def alphabet(size: int) -> tuple[str, ...]:
+    """`size` - 4 short words, one token each: a, b, ..., z, then aa, ab, ..."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [*letters, *(first + second for first in letters for second in letters)]
+    return tuple(names[: size - 4])
+
+
+def plain_words(size: int) -> Tokenizer:
+    """The tokenizer of experiments that are given in token ids."""
+    return Tokenizer(alphabet(size), size)

@@ -1,0 +1,74 @@
+"""What a `train` call is given, and how what it returns becomes numbers (worker side)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpocheck.adapter import TrainOut
+from dpocheck.experiment import TrainExperiment
+from dpocheck.probes import live, tables
+
+
+class TrainingProbe:
+    """The probe of one run, its spies, and the reading of its result."""
+
+    def __init__(self, experiment: TrainExperiment, payload: dict[str, Any]) -> None:
+        self.experiment = experiment
+        self.spies: dict[str, Any] = {}
+        self.start = tables.read_state(Path(payload["policy"]))
+        reference = payload.get("reference")
+        edited = experiment.policy if experiment.edited is not None else None
+        self.probe = live.probe(
+            Path(payload["policy"]), Path(reference) if reference else None,
+            dtype=experiment.recipe.dtype, edit=edited, watch=self._watch,
+        )  # fmt: skip
+
+    def _watch(self, name: str, model: Any) -> None:
+        from dpocheck import spies
+
+        self.spies[name] = spies.watch(model)
+
+    def reply(self, out: TrainOut) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        final = self.state(out.policy)
+        if self.experiment.edited is not None and self.experiment.policy is not None:
+            edited = tables.weights(
+                self.experiment.policy, self.experiment.policy.size, self.experiment.body, self.experiment.recipe.dtype
+            )
+            self.start = self.start | {tables.HEAD: edited[tables.HEAD]}
+        arrays: dict[str, np.ndarray] = {}
+        if self.experiment.body.kind == "speaking":
+            arrays |= {f"weights.{name}": final[name] - old for name, old in self.start.items() if name in final}
+        elif tables.HEAD in final:
+            arrays |= {"start": self.start[tables.HEAD], "head": final[tables.HEAD]}
+            for step, path in dict(out.checkpoints).items():
+                state = tables.read_state(Path(path)) if Path(path).exists() else {}
+                if tables.HEAD in state:
+                    arrays[f"saved.{int(step)}"] = state[tables.HEAD]
+        moved = {
+            name: float(np.max(np.abs(final[name].astype(np.float64) - old))) if old.size else 0.0
+            for name, old in self.start.items()
+            if name in final and final[name].shape == old.shape
+        }
+        fields = {
+            "history": [_entry(entry) for entry in out.history],
+            "moved": moved, "digest": tables.digest(final), "start_digest": tables.digest(self.start),
+        }  # fmt: skip
+        return {"fields": fields, "spies": {name: spy.report() for name, spy in self.spies.items()}}, arrays
+
+    @staticmethod
+    def state(policy: Any) -> dict[str, np.ndarray]:
+        return tables.read_state(Path(policy)) if isinstance(policy, str | Path) else live.state(policy)
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    """A history entry with plain numbers; what is not a number is left out."""
+    metrics = {}
+    for name, value in dict(entry["metrics"]).items():
+        try:
+            metrics[str(name)] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return {"step": int(entry["step"]), "split": str(entry["split"]), "metrics": metrics}

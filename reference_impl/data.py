@@ -12,18 +12,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from reference_impl.datareport import (
-    DROPPED,
-    DataReport,
-    RowNote,
-    count_reasons,
-    length_bias,
-    lengths,
-)
+from reference_impl.datareport import DataReport, RowNote, count_reasons, length_bias, lengths, spaced
 from reference_impl.render import check_template, render
-from reference_impl.rows import CHAT, CHAT_IMPLICIT, SHAREGPT, ChatPair, TextPair, detect, parse
+from reference_impl.rows import ChatPair, Form, TextPair, detect, parse
 from reference_impl.sources import DataError, SourceRow, read_rows, source_name
-from reference_impl.tokens import Ids, SpecialTokens, TokenisedPair, special_tokens, tokenise
+from reference_impl.tokens import Ids, SpecialTokens, TokenisedPair, special_tokens, tokenise, tokenizer_hash
 from reference_impl.truncate import TRUNCATIONS, fit
 
 __all__ = ["DataError", "DataReport", "PairData", "RowNote", "TokenPair", "load_pairs"]
@@ -88,24 +81,24 @@ def load_pairs(
     rows = read_rows(source)
     first = next(rows)
     form = detect(first)
-    chat = form in (CHAT, CHAT_IMPLICIT, SHAREGPT)
-    if chat:
+    if form.chat:
         check_template(tokenizer, kwargs)
     interned: dict[int, int] = {}
     for batch in _batches(_texts(first, rows, form, tokenizer, kwargs, tally, notes), BATCH):
-        for item in tokenise(batch, tokenizer, special, add_prefix=not chat):
+        for item in tokenise(batch, tokenizer, special, add_prefix=not form.chat):
             pair = _fit(item, max_length, truncation, special, notes)
             if pair is None:
                 continue
             _count(item, tally)
             full["chosen"].append(len(item.chosen))
             full["rejected"].append(len(item.rejected))
-            # Equal ids become one object: tokens then cost 8 bytes instead of 36.
-            pairs.append(TokenPair(pair.row, *(tuple(map(interned.setdefault, s, s)) for s in (pair.prompt, pair.chosen, pair.rejected))))
+            # Equal ids become one object: a token then costs 8 bytes instead of 36.
+            sides = (tuple(map(interned.setdefault, s, s)) for s in (pair.prompt, pair.chosen, pair.rejected))
+            pairs.append(TokenPair(pair.row, *sides))
     notes.sort(key=lambda note: note.row)
     report = _report(source_name(source), form, max_length, truncation, tally, notes, pairs, full, tokenizer)
     if not pairs:
-        raise DataError(_nothing_left(report))
+        raise DataError(report.nothing_left())
     return PairData(tuple(pairs), report, _fingerprint(pairs, tokenizer, max_length, truncation))
 
 
@@ -113,11 +106,11 @@ def _check_settings(max_length: int | None, truncation: str) -> None:
     if truncation not in TRUNCATIONS:
         raise DataError(f"truncation {truncation!r} is unknown; allowed are {', '.join(TRUNCATIONS)}")
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2):
-        raise DataError(f"max_length {max_length!r} must be a whole number of at least 2 (a prompt and a completion token), or None")
+        raise DataError(f"max_length {max_length!r} must be a whole number from 2 (prompt and completion), or None")
 
 
 def _texts(
-    first: SourceRow, rest: Iterator[SourceRow], form: str, tokenizer: Any, kwargs: Mapping[str, Any],
+    first: SourceRow, rest: Iterator[SourceRow], form: Form, tokenizer: Any, kwargs: Mapping[str, Any],
     tally: _Tally, notes: list[RowNote],
 ) -> Iterator[TextPair]:  # fmt: skip
     """Rows as texts. What states no preference goes to `notes`."""
@@ -165,12 +158,12 @@ def _count(item: TokenisedPair, tally: _Tally) -> None:
 
 
 def _report(
-    name: str, form: str, max_length: int | None, truncation: str, tally: _Tally, notes: list[RowNote],
+    name: str, form: Form, max_length: int | None, truncation: str, tally: _Tally, notes: list[RowNote],
     pairs: list[TokenPair], full: dict[str, array], tokenizer: Any,
 ) -> DataReport:  # fmt: skip
     duplicates, contradictory = _repeats(pairs)
     return DataReport(
-        source=name, format=form, max_length=max_length, truncation=truncation, read=tally.read, kept=len(pairs),
+        source=name, format=form.name, max_length=max_length, truncation=truncation, read=tally.read, kept=len(pairs),
         dropped=count_reasons(notes, "dropped"), cut=count_reasons(notes, "cut"),
         prompt_tokens=lengths([len(p.prompt) for p in pairs]),
         chosen_tokens=lengths([len(p.chosen) for p in pairs]),
@@ -182,25 +175,25 @@ def _report(
     )  # fmt: skip
 
 
-def _hints(form: str, tally: _Tally, tokenizer: Any) -> tuple[str, ...]:
-    chat = form in (CHAT, CHAT_IMPLICIT, SHAREGPT)
-    out = []
-    if not chat and getattr(tokenizer, "chat_template", None):
-        out.append("the rows are texts: the tokenizer's chat template is not applied to them")
-    if chat and tally.eos_added:
-        out.append(f"the chat template does not end {tally.eos_added:,} pairs with EOS {tokenizer.eos_token!r}: it was appended")
-    if tally.merged:
-        out.append(
-            f"{tally.merged:,} pairs have a token across the end of the prompt: it is scored as part of the completion "
-            "(a prompt that ends with a space is the usual cause)"
-        )
-    if tally.text_lost:
-        out.append(f"{tally.text_lost:,} pairs do not decode to their text: the tokenizer rewrites or drops characters")
-    if tally.spacing_lost:
-        out.append(f"{tally.spacing_lost:,} pairs decode to their text but for white space")
-    if tally.bos_added:
-        out.append(f"{tally.bos_added:,} pairs have an empty prompt: BOS was put in front, so that the first token can be scored")
-    return tuple(out)
+def _hints(form: Form, tally: _Tally, tokenizer: Any) -> tuple[str, ...]:
+    """One sentence for each thing that a person should know, with the number of kept pairs."""
+    template = getattr(tokenizer, "chat_template", None)
+    said = (
+        (not form.chat and bool(template), "the rows are texts: the tokenizer's chat template is not applied to them"),
+        (
+            form.chat and tally.eos_added,
+            f"pairs do not end with EOS {tokenizer.eos_token!r} in the chat template: it is appended",
+        ),
+        (
+            tally.merged,
+            "pairs have a token across the end of the prompt: it is scored, as part of the completion "
+            "(the usual cause is a prompt that ends with a space)",
+        ),
+        (tally.text_lost, "pairs do not decode to their text: the tokenizer rewrites or drops characters"),
+        (tally.spacing_lost, "pairs decode to their text but for white space"),
+        (tally.bos_added, "pairs have no prompt token: BOS is put in front, so that the first token can be scored"),
+    )
+    return tuple(text if count is True else f"{spaced(count)} {text}" for count, text in said if count)
 
 
 def _digest(*parts: Ids) -> bytes:
@@ -222,25 +215,6 @@ def _fingerprint(pairs: list[TokenPair], tokenizer: Any, max_length: int | None,
     h = hashlib.sha256()
     h.update(json.dumps([tokenizer_hash(tokenizer), max_length, truncation]).encode())
     for p in pairs:
-        h.update(array("q", (p.row, len(p.prompt), len(p.chosen), len(p.rejected), *p.prompt, *p.chosen, *p.rejected)).tobytes())
+        sizes = (p.row, len(p.prompt), len(p.chosen), len(p.rejected))
+        h.update(array("q", (*sizes, *p.prompt, *p.chosen, *p.rejected)).tobytes())
     return h.hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of what decides how a text becomes ids: the tokenizer's own description, specials and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        body: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        body = json.loads(backend.to_str())
-        # State of the last call, not part of the tokenizer.
-        body["truncation"] = body["padding"] = None
-    specials = {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}
-    text = json.dumps([type(tokenizer).__name__, body, specials, getattr(tokenizer, "chat_template", None)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _nothing_left(report: DataReport) -> str:
-    reasons = "; ".join(f"{count:,} dropped: {DROPPED[r]}" for r, count in report.dropped.items())
-    note = next(n for n in report.notes if n.kind == "dropped")
-    return f"{report.source}: none of {report.read:,} rows can be trained on ({reasons}); for example {note.place}: {note.detail}"

@@ -7,8 +7,9 @@ renders the whole conversation. So no default system prompt and no second header
 from collections.abc import Mapping
 from typing import Any
 
+from reference_impl.columns import Message
 from reference_impl.datareport import RowNote
-from reference_impl.rows import ChatPair, Message, TextPair, common_prefix_length, dropped
+from reference_impl.rows import ChatPair, TextPair, common_prefix_length, dropped
 from reference_impl.sources import DataError
 
 RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "tools", "return_dict", "padding",
@@ -16,7 +17,7 @@ RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final
 
 
 def check_template(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse, before any row is read far, a tokenizer that cannot render chats and arguments that would change how we render."""
+    """Refuse a tokenizer that cannot render chats, and arguments that would change how they are rendered."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "the rows are chats, but the tokenizer has no chat template; take the tokenizer of a chat model, set "
@@ -24,7 +25,10 @@ def check_template(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
         )
     reserved = [k for k in kwargs if k in RESERVED]
     if reserved:
-        raise DataError(f"chat_template_kwargs may not set {', '.join(reserved)}: the loader sets it; allowed are the template's own variables")
+        raise DataError(
+            f"chat_template_kwargs may not set {', '.join(reserved)}, which the loader decides; "
+            "allowed are the template's own variables"
+        )
 
 
 def render(pair: ChatPair, tokenizer: Any, kwargs: Mapping[str, Any]) -> TextPair | RowNote:

@@ -10,28 +10,39 @@ The format is found once, in the first row, and every other row must be written 
 - ShareGPT: `conversations`, then `chosen` and `rejected` as messages.
 """
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from reference_impl.columns import (
+    Message,
+    encodable,
+    kind,
+    messages,
+    missing,
+    present,
+    refuse_lost_prompt,
+    refuse_lost_system,
+    tools,
+)
 from reference_impl.datareport import RowNote
 from reference_impl.sources import DataError, SourceRow
 
 STANDARD, TEXT, TRANSCRIPT = "standard", "text, implicit prompt", "HH transcript"
 CHAT, CHAT_IMPLICIT, SHAREGPT = "chat", "chat, implicit prompt", "ShareGPT"
-
-ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "tool": "tool", "observation": "tool",
-}  # fmt: skip
-# A column that surely holds the question. Reading such a row as "chosen and rejected only" would lose it in silence.
-PROMPT_LIKE = ("prompts", "question", "instruction", "query", "input", "context", "problem", "messages", "conversation")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
-Message = dict[str, Any]
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of one source are written: the format's name, and what each column holds ("text" or "messages")."""
+
+    name: str
+    columns: tuple[tuple[str, str], ...]
+
+    @property
+    def chat(self) -> bool:
+        return self.name in (CHAT, CHAT_IMPLICIT, SHAREGPT)
 
 
 @dataclass(frozen=True)
@@ -57,35 +68,50 @@ class ChatPair:
     tools: tuple[Any, ...]
 
 
-def detect(row: SourceRow) -> str:
+def detect(row: SourceRow) -> Form:
     """The format of a source, from its first row. Raises DataError where the columns make none."""
     fields = row.fields
     for side in ("chosen", "rejected"):
         if side not in fields:
-            raise DataError(_missing(row, side))
-    prompt, chosen = fields.get("prompt"), fields["chosen"]
-    if "conversations" in fields:
-        return SHAREGPT
-    if "prompt" not in fields:
-        _refuse_lost_prompt(row)
-        if isinstance(chosen, (list, tuple)):
-            return CHAT_IMPLICIT
-        return TRANSCRIPT if _is_transcript(chosen) and _is_transcript(fields["rejected"]) else TEXT
-    if isinstance(prompt, (list, tuple)) or isinstance(chosen, (list, tuple, Mapping)):
-        return CHAT
-    return STANDARD
+            raise DataError(missing(row, side))
+    if "prompt" in fields and "conversations" in fields:
+        raise DataError(f"{row.place}: both 'prompt' and 'conversations'; remove the one that is not the prompt")
+    asked = "conversations" if "conversations" in fields else "prompt" if "prompt" in fields else None
+    names = [c for c in (asked, "chosen", "rejected") if c is not None]
+    columns = tuple((name, _holds(row, name)) for name in names)
+    held = dict(columns)
+    if held["chosen"] != held["rejected"]:
+        raise DataError(
+            f"{row.place}: 'chosen' holds {held['chosen']} and 'rejected' {held['rejected']}; write both the same way"
+        )
+    if asked == "conversations":
+        return Form(SHAREGPT, columns)
+    if asked == "prompt":
+        return Form(STANDARD if set(held.values()) == {"text"} else CHAT, columns)
+    if held["chosen"] == "messages":
+        return Form(CHAT_IMPLICIT, columns)
+    return Form(TRANSCRIPT if _transcripts(fields["chosen"], fields["rejected"]) else TEXT, columns)
 
 
-def parse(row: SourceRow, form: str) -> TextPair | ChatPair | RowNote:
+def parse(row: SourceRow, form: Form) -> TextPair | ChatPair | RowNote:
     """The preference of one row, or the note why it states none.
 
     Raises DataError, with the row's place, for a row that is not written in `form`.
     """
-    for column in ("chosen", "rejected"):
-        _present(row, column)
-    if form in (STANDARD, TEXT, TRANSCRIPT):
-        return _parse_text(row, form)
-    return _parse_chat(row, form)
+    for column, held in form.columns:
+        found = _holds(row, column)
+        if found != held:
+            raise DataError(
+                f"{row.place}: column {column!r} holds {found}, but {held} in the first row (format: {form.name}): "
+                f"{row.fields[column]!r:.60}; give one format per file"
+            )
+    for column in ("prompt", "conversations"):
+        if column not in dict(form.columns) and row.fields.get(column) is not None:
+            raise DataError(
+                f"{row.place}: a column {column!r}, which the first row has not (format: {form.name}); "
+                "give one format per file"
+            )
+    return _parse_chat(row, form) if form.chat else _parse_text(row, form)
 
 
 def dropped(row: SourceRow | TextPair | ChatPair, reason: str, detail: str) -> RowNote:
@@ -105,7 +131,7 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high
-    while low < high:  # a[:low] == b[:low] always; the comparison of slices runs in C
+    while low < high:  # a[:low] == b[:low] throughout; slices are compared in C
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle
@@ -114,34 +140,49 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     return low
 
 
+def _holds(row: SourceRow, column: str) -> str:
+    """ "text" or "messages"; DataError for a column that is absent, null or neither."""
+    value = present(row, column)
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, (list, tuple, Mapping)):
+        return "messages"
+    raise DataError(f"{row.place}: column {column!r} is {kind(value)}, not text or messages: {value!r:.60}")
+
+
 # ---- texts
 
 
-def _parse_text(row: SourceRow, form: str) -> TextPair | RowNote:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if form == STANDARD:
-        prompt = _text(row, "prompt")
-        _refuse_lost_system(row)
-        if chosen == rejected:
-            return dropped(row, "identical", chosen)
-        if not chosen or not rejected:
-            return dropped(row, "empty", f"chosen {chosen[:20]!r}, rejected {rejected[:20]!r}")
-        return TextPair(row.index, row.place, prompt, prompt + chosen, prompt + rejected)
-    _refuse_mixture(row, "prompt")
-    transcript = _is_transcript(chosen) and _is_transcript(rejected)
-    if transcript != (form == TRANSCRIPT):
-        raise DataError(
-            f"{row.place}: {'an HH transcript' if transcript else 'a plain text'} among rows of the format {form!r}: "
-            f"{excerpt(chosen)}; give one format per file"
-        )
+def _parse_text(row: SourceRow, form: Form) -> TextPair | RowNote:
+    fields = row.fields
+    for column, _ in form.columns:
+        encodable(fields[column], row, column)
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    refuse_lost_system(row)
+    if form.name == TEXT:
+        refuse_lost_prompt(row)
+    if form.name != STANDARD and _transcripts(chosen, rejected) != (form.name == TRANSCRIPT):
+        what = "not an HH transcript" if form.name == TRANSCRIPT else "an HH transcript"
+        raise DataError(f"{row.place}: {what}, unlike the first row: {excerpt(chosen)}; give one format per file")
     if chosen == rejected:
         return dropped(row, "identical", chosen)
+    if form.name == STANDARD:
+        if not chosen or not rejected:
+            return dropped(row, "empty", f"chosen {chosen[:20]!r}, rejected {rejected[:20]!r}")
+        prompt = fields["prompt"]
+        return TextPair(row.index, row.place, prompt, prompt + chosen, prompt + rejected)
     shared = common_prefix_length(chosen, rejected)
-    if form == TEXT:
-        return TextPair(row.index, row.place, chosen[:shared], chosen, rejected)
-    end = chosen.rfind(ASSISTANT, 0, shared) + len(ASSISTANT)
-    if end < len(ASSISTANT):
+    if form.name == TRANSCRIPT:
+        return _transcript(row, chosen, rejected, shared)
+    return TextPair(row.index, row.place, chosen[:shared], chosen, rejected)
+
+
+def _transcript(row: SourceRow, chosen: str, rejected: str, shared: int) -> TextPair | RowNote:
+    """The prompt ends with the last shared "Assistant:"; one reply must follow, or a person's words would be scored."""
+    start = chosen.rfind(ASSISTANT, 0, shared)
+    if start < 0:
         return dropped(row, "parts_early", chosen)
+    end = start + len(ASSISTANT)
     for side in (chosen, rejected):
         reply = side[end:]
         if HUMAN in reply or ASSISTANT in reply:
@@ -151,80 +192,64 @@ def _parse_text(row: SourceRow, form: str) -> TextPair | RowNote:
     return TextPair(row.index, row.place, chosen[:end], chosen, rejected)
 
 
-def _is_transcript(text: object) -> bool:
-    return isinstance(text, str) and text.startswith(HUMAN) and ASSISTANT in text
-
-
-def _text(row: SourceRow, column: str) -> str:
-    value = _present(row, column)
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: column {column!r} is {_kind(value)}, where the rows before it hold text: {value!r:.60}")
-    _encodable(value, row, column)
-    return value
-
-
-def _encodable(text: str, row: SourceRow, column: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{row.place}: column {column!r} holds half a character (a lone surrogate {text[error.start]!r}) at position "
-            f"{error.start}; write the text as valid Unicode"
-        ) from error
+def _transcripts(*texts: str) -> bool:
+    return all(text.startswith(HUMAN) and ASSISTANT in text for text in texts)
 
 
 # ---- conversations
 
 
-def _parse_chat(row: SourceRow, form: str) -> ChatPair | RowNote:
-    if form == CHAT_IMPLICIT:
-        _refuse_mixture(row, "prompt")
-        prompt: list[Message] = []
-    elif form == SHAREGPT:
+def _parse_chat(row: SourceRow, form: Form) -> ChatPair | RowNote:
+    prompt: list[Message] = []
+    if form.name == SHAREGPT:
         prompt = messages(row, "conversations")
-    elif isinstance(_present(row, "prompt"), str):
-        prompt = [{"role": "user", "content": _text(row, "prompt")}]
-    else:
-        prompt = messages(row, "prompt")
+    elif form.name == CHAT:
+        prompt = messages(row, "prompt", text_is="user")
     sides = []
     for column in ("chosen", "rejected"):
-        if isinstance(row.fields[column], str) and form == CHAT_IMPLICIT:
-            raise DataError(f"{row.place}: column {column!r} is text among conversations; give one format per file")
-        side = messages(row, column)
-        # A side that repeats the prompt is a whole conversation: scoring the prompt again would be wrong.
-        sides.append(side[len(prompt):] if prompt and side[: len(prompt)] == prompt else side)
+        side = messages(row, column, text_is="assistant")
+        # A side that repeats the prompt is a whole conversation: the prompt must not be scored again.
+        sides.append(side[len(prompt) :] if prompt and side[: len(prompt)] == prompt else side)
     chosen, rejected = sides
     if chosen == rejected:
         return dropped(row, "identical", _said(chosen))
-    if form in (CHAT_IMPLICIT, CHAT) and {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        shared, chosen, rejected = _split_shared(chosen, rejected)
-        if form == CHAT and shared:
-            prompt = _merge_prompt(row, prompt, shared)
-        elif form == CHAT_IMPLICIT:
-            prompt = shared
-    elif form == CHAT_IMPLICIT:
-        prompt, chosen, rejected = _split_shared(chosen, rejected)
-    return _checked_chat(row, prompt, chosen, rejected)
+    if not chosen or not rejected:
+        return dropped(row, "empty", "one side is the prompt alone")
+    shared = min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    common, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    whole = bool(common) and common[0]["role"] != "assistant"
+    prompt = _contained(row, prompt, common) if prompt and whole else prompt + common
+    if not prompt:
+        refuse_lost_prompt(row)
+    return _checked_chat(row, _with_system(row, prompt), chosen, rejected)
 
 
-def _split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Shared messages, and the rest of each side: at least one message, where each side has one."""
-    shared = common_prefix_length(chosen, rejected)
-    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _merge_prompt(row: SourceRow, prompt: list[Message], shared: list[Message]) -> list[Message]:
-    """The prompt where `prompt` repeats, as text, a user message of the whole conversations."""
-    asked = {m["content"] for m in shared if isinstance(m["content"], str)}
-    if all(m["content"] in asked for m in prompt):
-        return shared
+def _contained(row: SourceRow, prompt: list[Message], common: list[Message]) -> list[Message]:
+    """The shared start of whole conversations, beside which `prompt` repeats some of the messages."""
+    asked = {m["content"].strip() for m in common}
+    if all(m["content"].strip() in asked for m in prompt):
+        return common
     raise DataError(
-        f"{row.place}: 'prompt' is not the start of the conversations in 'chosen' and 'rejected': {_said(prompt)!r:.60} against "
-        f"{_said(shared)!r:.60}; give the completions alone, or leave out 'prompt'"
+        f"{row.place}: 'prompt' is not in the conversations of 'chosen' and 'rejected': {excerpt(_said(prompt))} against "
+        f"{excerpt(_said(common))}; give the completions alone, or leave out 'prompt'"
     )
+
+
+def _with_system(row: SourceRow, prompt: list[Message]) -> list[Message]:
+    system = row.fields.get("system")
+    if system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise DataError(f"{row.place}: column 'system' is {kind(system)}, not text: {system!r:.60}")
+    encodable(system, row, "system")
+    if not prompt or prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["content"] != system:
+        raise DataError(
+            f"{row.place}: column 'system' and the first message are two system prompts: {excerpt(system)} and "
+            f"{excerpt(prompt[0]['content'])}; keep one"
+        )
+    return prompt
 
 
 def _checked_chat(
@@ -233,134 +258,13 @@ def _checked_chat(
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         roles = [m["role"] for m in side]
         if roles[0] != "assistant":
-            return dropped(row, "not_assistant", f"{name} starts with {roles[0]}: {_said(side)}")
+            return dropped(row, "not_assistant", f"{name} goes on with {roles[0]}: {_said(side)}")
         if set(roles) != {"assistant"}:
-            return dropped(row, "parts_early", f"{name} has turns {', '.join(roles)}")
-        if not any(m.get("content") or m.get("tool_calls") for m in side):
+            return dropped(row, "parts_early", f"{name} goes on with {', '.join(roles)}")
+        if not any(m["content"] or m.get("tool_calls") for m in side):
             return dropped(row, "empty", f"{name} is empty")
-    system = row.fields.get("system")
-    if system not in (None, ""):
-        if not isinstance(system, str):
-            raise DataError(f"{row.place}: column 'system' is {_kind(system)}, not text: {system!r:.60}")
-        _encodable(system, row, "system")
-        if not (prompt and prompt[0]["role"] == "system"):
-            prompt = [{"role": "system", "content": system}, *prompt]
-    return ChatPair(row.index, row.place, tuple(prompt), tuple(chosen), tuple(rejected), _tools(row))
-
-
-def messages(row: SourceRow, column: str) -> list[Message]:
-    """A column as messages with `role` and `content`. A lone message and, for a completion, a text are accepted too."""
-    value = row.fields[column]
-    if isinstance(value, str) and column in ("chosen", "rejected"):
-        value = [{"role": "assistant", "content": value}]
-    elif isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"{row.place}: column {column!r} must be a list of messages, not {_kind(value)}: {value!r:.60}")
-    if not value and column in ("chosen", "rejected"):
-        raise DataError(f"{row.place}: column {column!r} is an empty list of messages")
-    return [_message(row, f"{column}[{i}]", item) for i, item in enumerate(value)]
-
-
-def _message(row: SourceRow, where: str, item: object) -> Message:
-    example = '{"role": "user", "content": "..."}'
-    if not isinstance(item, Mapping):
-        raise DataError(f"{row.place}: {where} is {_kind(item)}, not a message such as {example}: {item!r:.60}")
-    role_key, content_key = ("role", "content") if "role" in item else ("from", "value")
-    if role_key not in item or (content_key not in item and not item.get("tool_calls")):
-        raise DataError(
-            f"{row.place}: {where} has the keys {', '.join(map(repr, item)) or '(none)'}; a message is {example} "
-            'or {"from": "human", "value": "..."}'
-        )
-    role = ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
-    if role is None:
-        raise DataError(f"{row.place}: {where} has the role {item[role_key]!r:.40}; allowed are {', '.join(ROLES)}")
-    message: Message = {"role": role, "content": _content(row, where, item.get(content_key), item)}
-    if role_key == "role":  # tool calls, names, reasoning: the template knows what to do with them
-        message.update({k: v for k, v in item.items() if k not in ("role", "content") and v is not None})
-    return message
-
-
-def _content(row: SourceRow, where: str, content: object, item: Mapping[str, Any]) -> str:
-    if content is None and item.get("tool_calls"):
-        return ""
-    if isinstance(content, (list, tuple)) and content:
-        kinds = {p.get("type") if isinstance(p, Mapping) else _kind(p) for p in content}
-        if kinds != {"text"} or not all(isinstance(p.get("text"), str) for p in content):
-            raise DataError(f"{row.place}: {where} has content of the types {sorted(map(str, kinds))}; only text can be trained on")
-        content = "".join(p["text"] for p in content)
-    if not isinstance(content, str):
-        raise DataError(f"{row.place}: the content of {where} is {_kind(content)}, not text: {content!r:.60}")
-    _encodable(content, row, where)
-    return content
-
-
-def _tools(row: SourceRow) -> tuple[Any, ...]:
-    tools = row.fields.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"{row.place}: column 'tools' is text that is not JSON ({error}): {tools!r:.60}") from error
-    if not tools or (isinstance(tools, str)):
-        return ()
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(t, Mapping) for t in tools):
-        raise DataError(f"{row.place}: column 'tools' must be a list of function descriptions, not {_kind(tools)}: {tools!r:.60}")
-    return tuple(tools)
+    return ChatPair(row.index, row.place, tuple(prompt), tuple(chosen), tuple(rejected), tools(row))
 
 
 def _said(side: Sequence[Message]) -> str:
-    return " | ".join(str(m["content"]) for m in side)
-
-
-# ---- columns
-
-
-def _present(row: SourceRow, column: str) -> Any:
-    if column not in row.fields:
-        raise DataError(_missing(row, column))
-    value = row.fields[column]
-    if value is None:
-        raise DataError(f"{row.place}: column {column!r} is null; every row needs it, remove or complete the row")
-    return value
-
-
-def _missing(row: SourceRow, column: str) -> str:
-    names = [str(k) for k in row.fields]
-    close = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
-    lowered = [n for n in names if n.strip().lower() == column]
-    hint = f"; did you mean {(lowered or close)[0]!r}? Rename it to {column!r}" if lowered or close else ""
-    if not hint and "label" in names and "completion" in names:
-        hint = "; rows with 'completion' and 'label' are unpaired (KTO): DPO needs two completions of one prompt"
-    return f"{row.place}: no column {column!r}; the columns are {', '.join(map(repr, names)) or '(none)'}{hint}"
-
-
-def _refuse_lost_prompt(row: SourceRow) -> None:
-    names = {str(k).strip().lower(): k for k in row.fields if row.fields[k] not in (None, "", [])}
-    close = difflib.get_close_matches("prompt", list(names), n=1, cutoff=0.75)
-    suspects = [names[n] for n in PROMPT_LIKE if n in names] + [names[n] for n in close]
-    if suspects:
-        raise DataError(
-            f"{row.place}: no column 'prompt', but {suspects[0]!r} looks like one; rename it to 'prompt', "
-            "or remove it if 'chosen' and 'rejected' hold the whole text"
-        )
-    _refuse_lost_system(row)
-
-
-def _refuse_lost_system(row: SourceRow) -> None:
-    system = row.fields.get("system")
-    if system and isinstance(row.fields["chosen"], str):
-        raise DataError(
-            f"{row.place}: a column 'system' beside texts would be ignored: {system!r:.60}; put it into 'prompt', "
-            "or write the row as messages"
-        )
-
-
-def _refuse_mixture(row: SourceRow, column: str) -> None:
-    if row.fields.get(column) is not None:
-        raise DataError(f"{row.place}: a column {column!r}, which the first row has not; give one format per file")
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", str: "text", list: "a list", tuple: "a list", dict: "an object", bool: "true/false"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+    return " | ".join(m["content"] for m in side)

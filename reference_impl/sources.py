@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+BOM = b"\xef\xbb\xbf"  # some editors put it in front of UTF-8
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
@@ -36,7 +37,7 @@ def source_name(source: object) -> str:
 
 
 def read_rows(source: object) -> Iterator[SourceRow]:
-    """Yield the rows of `source` in order. Raises DataError where a row cannot be read, and for a source without rows."""
+    """The rows of `source` in order. Raises DataError where a row cannot be read, and for a source without rows."""
     empty = True
     for row in _dispatch(source):
         empty = False
@@ -49,21 +50,21 @@ def _dispatch(source: object) -> Iterator[SourceRow]:
     if isinstance(source, str) and source.startswith("hub:"):
         return _hub_rows(source)
     if isinstance(source, (str, os.PathLike)):
-        return _file_rows(Path(source))
+        return _file_rows(Path(source).expanduser())
     if isinstance(source, Mapping):
         keys = ", ".join(map(repr, list(source)[:5]))
-        raise DataError(f"the rows are a mapping with keys {keys}; give a list of rows, for a dataset with splits one split")
+        raise DataError(f"the rows are a mapping with keys {keys}; give a list of rows, or one split of the dataset")
     if isinstance(source, Iterable) and not isinstance(source, bytes):
         return _memory_rows(source)
     raise DataError(
-        f"a data source is a path, 'hub:name[:split]' or a list of rows (dicts), not {type(source).__name__} {source!r:.60}"
+        f"a data source is a path, 'hub:name[:split]' or a list of rows, not {type(source).__name__} {source!r:.60}"
     )
 
 
 def _as_row(index: int, place: str, value: object) -> SourceRow:
     if not isinstance(value, Mapping):
         raise DataError(
-            f"{place}: a row is an object such as {{\"prompt\": ..., \"chosen\": ..., \"rejected\": ...}}, "
+            f'{place}: a row is an object such as {{"prompt": ..., "chosen": ..., "rejected": ...}}, '
             f"not {type(value).__name__} {value!r:.60}"
         )
     return SourceRow(index, place, value)
@@ -116,11 +117,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             for raw in stream:
                 number += 1
-                yield number, _decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, f"{path} line {number}")
+                yield number, _decode(raw.removeprefix(BOM) if number == 1 else raw, f"{path} line {number}")
         except gzip.BadGzipFile as error:
             raise DataError(f"{path} is not a gzip file ({error}); rename it without .gz or compress it") from error
         except (EOFError, zlib.error) as error:
-            raise DataError(f"{path} is damaged after line {number} ({error}); the file is cut short, copy it again") from error
+            raise DataError(f"{path} is damaged after line {number} ({error}); copy the file again") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read after line {number}: {error.strerror or error}") from error
 
@@ -143,7 +144,8 @@ def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            hint = "; the file starts like one JSON array: name it .json" if number == 1 and line.lstrip()[0] == "[" else ""
+            array = index == 0 and line.lstrip()[0] == "["
+            hint = "; the file starts like one JSON array: name it .json" if array else ""
             raise DataError(f"{place}: not valid JSON ({error}): {line.strip()[:60]!r}{hint}") from error
         if isinstance(value, list) and index == 0:
             raise DataError(f"{place}: a JSON array, where each line must be one row (an object); name the file .json")
@@ -160,12 +162,13 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
     except json.JSONDecodeError as error:
         hint = "; it looks like one object per line: name it .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path} line {error.lineno}: not valid JSON ({error.msg}){hint}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: JSON nested too deep to be preference rows") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, list):
         keys = f" with keys {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, dict) else ""
         raise DataError(
-            f"{path} holds one JSON {type(value).__name__}{keys}; a .json file must hold an array of rows (or use .jsonl)"
+            f"{path} holds one JSON {type(value).__name__}{keys}; a .json file must hold an array of rows "
+            "(one object per line is .jsonl)"
         )
     for index, item in enumerate(value):
         yield _as_row(index, f"{path} row {index}", item)

@@ -98,7 +98,9 @@ def load_pairs(
     notes.sort(key=lambda note: note.row)
     report = _report(source_name(source), form, max_length, truncation, tally, notes, pairs, full, tokenizer)
     if not pairs:
-        raise DataError(report.nothing_left())
+        error = DataError(report.nothing_left())
+        error.report = report
+        raise error
     return PairData(tuple(pairs), report, _fingerprint(pairs, tokenizer, max_length, truncation))
 
 

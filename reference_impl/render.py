@@ -12,8 +12,10 @@ from reference_impl.datareport import RowNote
 from reference_impl.rows import ChatPair, TextPair, common_prefix_length, dropped
 from reference_impl.sources import DataError
 
-RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "tools", "return_dict", "padding",
-            "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask")  # fmt: skip
+RESERVED = (
+    "conversation", "tokenize", "add_generation_prompt", "continue_final_message", "tools", "return_dict",
+    "padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask",
+)  # fmt: skip
 
 
 def check_template(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:

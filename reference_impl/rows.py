@@ -230,7 +230,8 @@ def _contained(row: SourceRow, prompt: list[Message], common: list[Message]) -> 
     if all(m["content"].strip() in asked for m in prompt):
         return common
     raise DataError(
-        f"{row.place}: 'prompt' is not in the conversations of 'chosen' and 'rejected': {excerpt(_said(prompt))} against "
+        f"{row.place}: 'prompt' is not in the conversations of 'chosen' and 'rejected': "
+        f"{excerpt(_said(prompt))} against "
         f"{excerpt(_said(common))}; give the completions alone, or leave out 'prompt'"
     )
 

@@ -19,7 +19,12 @@ EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 class DataError(ValueError):
-    """The data cannot be trained on. The message says where, what was given, what is allowed and what to do."""
+    """The data cannot be trained on. The message says where, what was given, what is allowed and what to do.
+
+    `report` is the DataReport where every row was read and none is left, else None.
+    """
+
+    report: Any = None
 
 
 @dataclass(frozen=True)

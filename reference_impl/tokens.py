@@ -80,7 +80,7 @@ def _call(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
 
 
 def _encode(pairs: Sequence[TextPair], tokenizer: Any) -> list[list[int]]:
-    """Ids of prompt, chosen text and rejected text of each pair in turn, without special tokens of the tokenizer's own."""
+    """Ids of prompt, chosen text and rejected text of each pair in turn, without added special tokens."""
     try:
         return _call(tokenizer, [t for p in pairs for t in (p.prompt, p.chosen, p.rejected)], False)
     except Exception:

@@ -1,0 +1,104 @@
+"""How do scored pairs move the policy, and what is logged?
+
+Parts: reduce, accumulate, clip, update, order, metrics, evaluate.
+
+Choices that the sources leave open: every pair of a window weighs the same, in the gradient and in what is logged; a
+short last batch and a short last window are kept; warm-up starts at 1/w of the rate, so that the first step moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpocheck.adapter import Unsupported
+from dpocheck.experiment import Recipe
+from dpocheck.miniature.rows import Batch, batches_of
+from dpocheck.miniature.scores import Scored
+
+if TYPE_CHECKING:
+    from dpocheck.miniature.trainer import Miniature
+
+
+def reduce(losses: torch.Tensor, pairs: int, ranks: int) -> torch.Tensor:
+    """The share of (pair,) losses in the mean over a window of `pairs`: each rank sums its own, ranks are added."""
+    return torch.stack([share.sum() for share in losses.chunk(ranks)]).sum() / pairs
+
+
+def accumulate(
+    trainer: Miniature, policy: Any, window: Sequence[Batch], score: Callable[[Batch], Scored], recipe: Recipe
+) -> list[Scored]:
+    """Backward over all micro-batches of a window.  Every pair weighs 1 / (pairs of the window): the shares add up."""
+    pairs = sum(batch.pairs for batch in window)
+    seen = []
+    for batch in window:
+        scored = score(batch)
+        trainer.reduce(scored.losses, pairs, recipe.world_size).backward()
+        seen.append(scored.detached())
+    return seen
+
+
+def clip(parameters: Sequence[torch.Tensor], limit: float | None) -> float:
+    """The global norm of the gradient before it is scaled down to `limit`, if there is one."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+
+
+def factor(recipe: Recipe, clock: int, total: int) -> float:
+    """What the learning rate is multiplied by at step `clock`, counted from 0: the first step already moves."""
+    warmup = recipe.warmup_steps
+    if clock < warmup:
+        return (clock + 1) / warmup
+    done = (clock - warmup) / max(1, total - warmup)
+    shapes = {"constant": lambda: 1.0, "linear": lambda: 1 - done, "cosine": lambda: (1 + math.cos(math.pi * done)) / 2}
+    if recipe.schedule not in shapes:
+        raise Unsupported(f"schedule {recipe.schedule!r}")
+    return shapes[recipe.schedule]()
+
+
+def update(optimizer: torch.optim.Optimizer, recipe: Recipe, clock: int, total: int) -> float:
+    """One optimizer step at the scheduled rate, which is returned; the gradients are cleared."""
+    rate = recipe.learning_rate * factor(recipe, clock, total)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return rate
+
+
+def order(rows: int, recipe: Recipe, epoch: int) -> list[list[list[int]]]:
+    """An epoch's windows of micro-batches of row indices: a function of seed and epoch alone."""
+    indices = list(range(rows))
+    if recipe.shuffle:
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        indices = torch.randperm(rows, generator=generator).tolist()
+    size = recipe.batch * recipe.world_size
+    micro_batches = [batch for batch in batches_of(indices, size) if len(batch) == size or not recipe.drop_last]
+    return batches_of(micro_batches, recipe.accumulation)
+
+
+def metrics(seen: Sequence[Scored]) -> dict[str, float]:
+    """Means over the pairs of a window or of an evaluation set; every pair weighs the same."""
+    all_pairs = Scored(*(torch.cat([getattr(s, f.name) for s in seen]) for f in fields(Scored)))
+    chosen, rejected = all_pairs.rewards_chosen, all_pairs.rewards_rejected
+    per_pair = {
+        "loss": all_pairs.losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,
+        "logps/chosen": all_pairs.policy_chosen,
+        "logps/rejected": all_pairs.policy_rejected,
+    }
+    return {name: values.double().mean().item() for name, values in per_pair.items()}
+
+
+def evaluate(
+    trainer: Miniature, policy: Any, score: Callable[[Batch], Scored], batches: Sequence[Batch]
+) -> dict[str, float]:
+    """The metrics of an evaluation set; nothing of the training state is touched."""
+    with torch.no_grad():
+        return trainer.metrics([score(batch) for batch in batches])

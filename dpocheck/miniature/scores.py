@@ -118,21 +118,20 @@ def frozen_copy(model: Any) -> Any:
 
 def loss(
     policy_chosen: torch.Tensor, policy_rejected: torch.Tensor, reference_chosen: torch.Tensor,
-    reference_rejected: torch.Tensor, *, objective: Objective, lengths: torch.Tensor | None = None,
+    reference_rejected: torch.Tensor, *, objective: Objective, lengths: Any = None,
 ) -> LossOut:  # fmt: skip
-    """Per-pair losses and implicit rewards; sources stand with `Objective`.  `lengths` (pair, 2): completion tokens."""
+    """Per-pair losses and implicit rewards; sources: `Objective`.  `lengths`: completion tokens of chosen and rejected, (pair,) each."""
     kind, beta, smoothing = objective.kind, objective.beta, objective.label_smoothing
     check(objective, lengths)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = (
         logps.to(torch.promote_types(logps.dtype, torch.float32))
         for logps in (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     )
-    lengths = None if lengths is None else torch.as_tensor(lengths, device=policy_chosen.device)
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     if kind == "simpo":
         chosen, rejected = policy_chosen, policy_rejected
     if kind == "simpo" or objective.length_normalised:
-        chosen, rejected = chosen / lengths[:, 0], rejected / lengths[:, 1]
+        chosen, rejected = chosen / lengths[0], rejected / lengths[1]
     h = chosen - rejected
     margin = beta * h
     if kind == "hinge":
@@ -148,11 +147,11 @@ def loss(
     else:
         losses = (-(1 - smoothing) * logsigmoid(margin) + smoothing * logsigmoid(-margin)) / (1 - 2 * smoothing)
     if objective.sft_weight:
-        losses = losses - objective.sft_weight * policy_chosen / lengths[:, 0]
+        losses = losses - objective.sft_weight * policy_chosen / lengths[0]
     return LossOut(losses, (beta * chosen).detach(), (beta * rejected).detach())
 
 
-def check(objective: Objective, lengths: torch.Tensor | None) -> None:
+def check(objective: Objective, lengths: Any) -> None:
     """Refuses what would otherwise be ignored or be no number."""
     kind, smoothing = objective.kind, objective.label_smoothing
     if smoothing and kind not in ("sigmoid", "robust"):
@@ -162,4 +161,4 @@ def check(objective: Objective, lengths: torch.Tensor | None) -> None:
     if (kind == "robust" and smoothing >= 0.5) or (kind == "ipo" and objective.beta == 0):
         raise Unsupported(f"{objective}: robust needs label_smoothing < 0.5, ipo needs beta > 0")
     if lengths is None and (kind == "simpo" or objective.length_normalised or objective.sft_weight):
-        raise ValueError(f"{objective} needs the completions' lengths: pass lengths of shape (pair, 2)")
+        raise ValueError(f"{objective} needs the completions' lengths: pass lengths=(chosen, rejected), (pair,) each")

@@ -78,7 +78,7 @@ class Miniature:
     ) -> Scored:
         """Log-probs, losses and rewards of a batch, per pair."""
         four = [*self.sequence_logps(policy, batch).chunk(2), *refer(batch).chunk(2)]
-        lengths = batch.completion_mask[:, 1:].sum(1).view(2, -1).T.to(four[0].device)
+        lengths = batch.completion_mask[:, 1:].sum(1).to(four[0].device).chunk(2)
         out = self.loss(*four, objective=objective, lengths=lengths)
         return Scored(*four, out.loss, out.rewards_chosen, out.rewards_rejected)
 

@@ -96,7 +96,7 @@ def test_a_reference_that_is_not_given_is_the_policy_as_it_was_passed(tmp_path):
 )  # fmt: skip
 def test_each_objective_has_its_source_value(objective, due):
     four = [torch.tensor([value], dtype=torch.float64) for value in (-3.0, -4.0, -3.5, -4.25)]
-    out = MINIATURE.loss(*four, objective=objective, lengths=((2, 4),))
+    out = MINIATURE.loss(*four, objective=objective, lengths=(torch.tensor([2]), torch.tensor([4])))
     assert out.loss.item() == pytest.approx(due, rel=1e-14)
 
 

@@ -1,0 +1,107 @@
+"""What did a subject raise, and whose frame did it come from?  Worker side; survives any exception object."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from typing import Any
+
+from dpocheck.adapter import Unsupported
+
+__all__ = ["describe"]
+
+MESSAGE = 20_000  # characters kept of a message
+FRAMES = 25  # kept at each end of a long traceback
+CAUSES = 5
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OURS_AS_SUBJECT = tuple(os.path.join(_HERE, name) for name in ("miniature", "zoo" + os.sep))
+
+
+def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict[str, Any]:
+    """An exception as JSON data: `kind` ("Unsupported" or "Exception"), `type`, `message`, `traceback_lines`,
+    `in_adapter` (raised in the adapter's own file) and `in_suite` (raised in this package, not by a subject)."""
+    try:
+        files = _subject_files(subject, state)
+        deepest = _deepest(raised)
+        adapter = deepest in files
+        suite = deepest.startswith(_HERE) and not adapter and not deepest.startswith(_OURS_AS_SUBJECT)
+        lines = _traceback(raised)
+    except BaseException as error:
+        adapter, suite, lines = False, False, [f"<the traceback cannot be shown: {type(error).__name__}>"]
+    kind = "Unsupported" if isinstance(raised, Unsupported) else "Exception"
+    return {
+        "kind": kind,
+        "type": _type_name(raised),
+        "message": _message(raised),
+        "traceback_lines": lines,
+        "in_adapter": adapter,
+        "in_suite": suite,
+    }
+
+
+def _type_name(raised: BaseException) -> str:
+    try:
+        kind = type(raised)
+        module = str(kind.__module__)
+        return str(kind.__qualname__) if module == "builtins" else f"{module}.{kind.__qualname__}"
+    except BaseException:
+        return "an exception without a name"
+
+
+def _message(raised: BaseException) -> str:
+    try:
+        return str.__str__(str(raised))[:MESSAGE]
+    except BaseException as error:
+        return f"<the message cannot be shown: its __str__ raised {_type_name(error)}>"
+
+
+def _subject_files(subject: str, state: dict[str, Any]) -> set[str]:
+    files = set()
+    place = subject.partition(":")[0]
+    if place.endswith(".py"):
+        files |= {os.path.abspath(place), os.path.realpath(place), place}
+    adapter = state.get("adapter")
+    for name in (place, getattr(type(adapter), "__module__", None), getattr(adapter, "__module__", None)):
+        file = getattr(sys.modules.get(name), "__file__", None) if isinstance(name, str) else None
+        if file and (not file.startswith(_HERE) or file.startswith(_OURS_AS_SUBJECT)):
+            files.add(file)
+    return files
+
+
+def _deepest(raised: BaseException) -> str:
+    tb, file = raised.__traceback__, ""
+    while tb is not None:
+        file, tb = tb.tb_frame.f_code.co_filename, tb.tb_next
+    return file
+
+
+def _traceback(raised: BaseException) -> list[str]:
+    """The traceback, innermost last, causes first; our own loop's frames and the middle of a long one left out."""
+    chain: list[BaseException] = []
+    one: BaseException | None = raised
+    while one is not None and len(chain) < CAUSES and all(one is not other for other in chain):
+        chain.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    lines: list[str] = []
+    for exception in reversed(chain):
+        frames = _frames(exception)
+        if len(frames) > 2 * FRAMES:
+            gap = f"  ... {len(frames) - 2 * FRAMES} frames left out ..."
+            frames = [*frames[:FRAMES], gap, *frames[-FRAMES:]]
+        lines += [*frames, f"{_type_name(exception)}: {_message(exception)[:2000]}"]
+    return lines
+
+
+def _frames(raised: BaseException) -> list[str]:
+    frames, tb = [], raised.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        if code.co_filename != _HERE + "worker.py":
+            source = linecache.getline(code.co_filename, tb.tb_lineno).strip()[:200]
+            frames.append(f'  File "{code.co_filename}", line {tb.tb_lineno}, in {code.co_name}')
+            if source:
+                frames[-1] += f"\n    {source}"
+        tb = tb.tb_next
+    return frames

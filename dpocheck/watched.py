@@ -1,0 +1,127 @@
+"""Which globals can a subject change, and how is each read and put back?  Worker side; torch is given, not imported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ABSENT", "Watched", "functions", "moved", "short", "torch_globals"]
+
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One global: how it is read, how the value read is put back, and how a difference is told."""
+
+    category: str
+    read: Callable[[], Any]
+    restore: Callable[[Any], None]
+    tell: Callable[[Any, Any], list[str]] = lambda before, after: [f"{short(before)} became {short(after)}"]
+
+
+def short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def moved(before: Any, after: Any) -> list[str]:
+    return ["moved on or seeded"]
+
+
+# ---------------------------------------------------------------------------------------------------------- functions
+
+
+def functions(label: str, owner: Any) -> Watched:
+    """The functions and classes of a module or class, by identity: has one been replaced?"""
+    known = [
+        name
+        for name, value in vars(owner).items()
+        if (callable(value) or isinstance(value, staticmethod | classmethod | property))
+        and (not name.startswith("_") or name.endswith("__"))
+    ]
+
+    def kept() -> _Functions:
+        now = vars(owner)
+        return _Functions({name: now.get(name, ABSENT) for name in known})
+
+    def restore(before: _Functions) -> None:
+        for name, value in before.by_name.items():
+            if vars(owner).get(name, ABSENT) is not value and value is not ABSENT:
+                setattr(owner, name, value)
+
+    def tell(before: _Functions, after: _Functions) -> list[str]:
+        return [f"{label}.{name}" for name, value in before.by_name.items() if after.by_name[name] is not value]
+
+    return Watched("patched", kept, restore, tell)
+
+
+class _Functions:
+    """Equal only if every name is bound to the very same object; never compares the objects themselves."""
+
+    def __init__(self, by_name: dict[str, Any]) -> None:
+        self.by_name = by_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Functions) and all(
+            other.by_name.get(name, ABSENT) is value for name, value in self.by_name.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# -------------------------------------------------------------------------------------------------------------- torch
+
+
+def torch_globals(torch: Any) -> list[Watched]:
+    """The globals of torch.  Every function is bound now: the subject may replace `torch.get_default_dtype` later."""
+    generator = torch.default_generator
+    get_state, set_state, from_numpy = generator.get_state, generator.set_state, torch.from_numpy
+    set_grad, set_algorithms = torch.set_grad_enabled, torch.use_deterministic_algorithms
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled
+    deterministic = torch.are_deterministic_algorithms_enabled
+
+    def set_rng(state: bytes) -> None:
+        set_state(from_numpy(np.frombuffer(state, dtype=np.uint8).copy()))
+
+    def set_deterministic(old: tuple[bool, bool]) -> None:
+        set_algorithms(old[0], warn_only=old[1])
+
+    def autocast(device: str) -> Watched:
+        on, set_on = torch.is_autocast_enabled, torch.set_autocast_enabled
+        return Watched(f"autocast {device}", lambda: on(device), lambda old: set_on(device, old))
+
+    backends = torch.backends
+    watched = [
+        Watched("default device", lambda get=torch.get_default_device: str(get()), _device_setter(torch)),
+        Watched("grad mode", torch.is_grad_enabled, lambda old: set_grad(old) and None),
+        Watched("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+        Watched("rng torch", lambda: get_state().numpy().tobytes(), set_rng, moved),
+        Watched("threads", torch.get_num_threads, torch.set_num_threads),
+        Watched("deterministic", lambda: (deterministic(), warn_only()), set_deterministic),
+        Watched("inference mode", torch.is_inference_mode_enabled, lambda old: None),
+        Watched("anomaly mode", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+        Watched("matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        Watched(
+            "cudnn",
+            lambda: (backends.cudnn.deterministic, backends.cudnn.benchmark),
+            lambda old: backends.cudnn.set_flags(_deterministic=old[0], _benchmark=old[1]),
+        ),
+        functions("torch", torch),
+        functions("torch.Tensor", torch.Tensor),
+        functions("torch.nn.functional", torch.nn.functional),
+        functions("torch.nn.Module", torch.nn.Module),
+        functions("torch.autograd", torch.autograd),
+        functions("torch.optim.Optimizer", torch.optim.Optimizer),
+    ]
+    with contextlib.suppress(AttributeError):
+        watched += [autocast("cpu"), autocast("cuda")]
+    return watched
+
+
+def _device_setter(torch: Any) -> Callable[[str], None]:
+    setter = torch.set_default_device
+    return lambda old: setter(None if old == "cpu" else old)

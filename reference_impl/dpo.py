@@ -111,8 +111,8 @@ def metrics(logps: dict[str, Tensor], reward_w: Tensor, reward_l: Tensor, losses
 
     A rising margin says little alone: log π_θ(y_w|x) may fall at the same time, so both log-probabilities are shown.
     A tie is not counted as accurate: policy equal to reference has accuracy 0.  `kl/k1` is the mean over both
-    completions of log π_θ(y|x) − log π_ref(y|x): the k1 estimator of KL(π_θ ‖ π_ref), but on the data set's completions instead of
-    the policy's own, so it may be negative.  It is a proxy for how far the policy has moved.
+    completions of log π_θ(y|x) − log π_ref(y|x): the k1 estimator of KL(π_θ ‖ π_ref), but on the data set's
+    completions instead of the policy's own, so it may be negative.  It is a proxy for how far the policy has moved.
 
     Args:
         logps: (pair,) nats each: `policy_w`, `policy_l`, and, where the objective has a reference, `reference_w`,

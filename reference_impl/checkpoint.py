@@ -1,0 +1,221 @@
+"""How does a run survive being killed?  Checkpoints that are there whole or not at all, and continue bit for bit.
+
+A checkpoint is the model as `from_pretrained` loads it, and under trainer/ what the run needs besides: the optimizer
+and the generators as safetensors, the step, the data's position and the history as JSON.  Nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from reference_impl import randomness
+from reference_impl.config import ConfigError, TrainConfig
+from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers, whole_folder
+from reference_impl.models import Policy, is_peft
+from reference_impl.optimize import load_optimizer_state, optimizer_state
+from reference_impl.order import Position
+
+log = logging.getLogger("reference_impl")
+
+# A continued run may change where things are and what is reported, and how a step's pairs are split; the objective, the
+# data, the steps and the precision it may not.  Paths of models and data are compared by content, not by name.
+MAY_DIFFER = frozenset(
+    [
+        *("model", "reference", "tokenizer", "train", "eval", "output_dir", "device", "batch", "accumulation"),
+        *("logps", "reference_batch", "reference_cache", "eval_batch", "eval_every", "confidence"),
+        *("save_every", "keep_last", "resume", "print_every", "trackers", "gradient_checkpointing"),
+    ]
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or continued from; says what to do."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after `step` optimizer steps."""
+
+    step: int
+    position: Position
+    history: list[dict[str, Any]]
+
+
+def open_folder(output_dir: str | Path) -> Path:
+    """The folder of a run, made, tried and locked: one run at a time, until this process ends or closes it.
+
+    Raises:
+        ConfigError: it cannot be written, or another process is running in it.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if str(folder.resolve()) in _LOCKS:
+            return folder  # a run of this process that has not been closed
+        raise ConfigError(f"output_dir {folder} is in use by another run: wait, or give another") from error
+    _LOCKS[str(folder.resolve())] = lock
+    remove_leftovers(folder)
+    return folder
+
+
+def close_folder(folder: Path) -> None:
+    lock = _LOCKS.pop(str(folder.resolve()), None)
+    if lock is not None:
+        os.close(lock)
+
+
+_LOCKS: dict[str, int] = {}
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """step → checkpoint, oldest first."""
+    found = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    folder: Path, state: State, policy: Policy, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict
+) -> Path:
+    """Writes checkpoint-<step> in one piece, then removes those beyond keep_last.
+
+    Raises:
+        CheckpointError: the disk is full or gone; earlier checkpoints are whole.
+    """
+    target = folder / f"checkpoint-{state.step:08d}"
+    facts = {
+        "step": state.step,
+        "position": dataclasses.asdict(state.position),
+        "identity": identity,
+        "config": dataclasses.asdict(config),
+    }
+    try:
+        with whole_folder(target, facts) as writing:
+            save_policy(policy, writing)
+            (writing / "trainer").mkdir()
+            save_file(optimizer_state(policy.model, optimizer), writing / "trainer" / "optimizer.safetensors")
+            save_file(randomness.capture(), writing / "trainer" / "generators.safetensors")
+            lines = "".join(json.dumps(row) + "\n" for row in state.history)
+            (writing / "trainer" / "history.jsonl").write_text(lines, encoding="utf-8")
+        if config.keep_last is not None:
+            for old in list(checkpoints(folder).values())[: -config.keep_last]:
+                remove_folder(old)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target} could not be written ({error}); nothing of it is left and earlier checkpoints are whole: "
+            "make room, then run the same command to go on"
+        ) from error
+    return target
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Model and tokenizer as from_pretrained loads them, the config's own dropout settings included."""
+    if is_peft(policy.model):
+        policy.model.save_pretrained(folder, selected_adapters=[policy.model.active_adapter])
+    else:
+        policy.model.save_pretrained(folder)
+        file = folder / "config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings |= {name: value for name, value in policy.config_dropout.items() if name in settings}
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if policy.tokenizer is not None and hasattr(policy.tokenizer, "save_pretrained"):
+        policy.tokenizer.save_pretrained(folder)
+
+
+def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
+    """The checkpoint to continue from; None: start anew.
+
+    Raises:
+        CheckpointError: the one asked for is not there or damaged, or all in the folder are damaged.
+    """
+    if config.resume not in ("auto", "never"):
+        try:
+            check_folder(Path(config.resume))
+        except DamagedError as error:
+            raise CheckpointError(f"resume={config.resume} cannot be continued from: {error}") from error
+        return Path(config.resume)
+    found = checkpoints(folder) if folder is not None else {}
+    if config.resume == "never" and found:
+        raise ConfigError(f"resume=never, but {folder} has checkpoints: remove them, or give another output_dir")
+    for path in reversed(found.values()):
+        try:
+            check_folder(path)
+        except DamagedError as error:
+            log.warning("passed over: %s", error)
+        else:
+            return path
+    if found:
+        raise CheckpointError(f"all checkpoints in {folder} are damaged: remove them to start anew")
+    return None
+
+
+def load_checkpoint(
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict[str, Any]
+) -> State:
+    """Puts policy, optimizer and generators where they were; returns where the run stands.
+
+    Raises:
+        CheckpointError: it belongs to another model, data set or config.
+    """
+    facts = check_folder(path)
+    _same_run(path, facts, config, identity)
+    try:
+        load_policy(policy, path)
+        load_optimizer_state(policy.model, optimizer, load_file(path / "trainer" / "optimizer.safetensors"))
+        randomness.restore(load_file(path / "trainer" / "generators.safetensors"))
+        lines = (path / "trainer" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be continued from: {error}") from error
+    return State(facts["step"], Position(**facts["position"]), [json.loads(line) for line in lines])
+
+
+def load_policy(policy: Policy, folder: Path) -> None:
+    """Copies the weights of a checkpoint into the live model."""
+    model = policy.model
+    if is_peft(model):
+        import peft
+
+        weights = load_file(folder / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+        return
+    # Through the model's own loader: it undoes what save_pretrained did to names and shapes.
+    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def _same_run(path: Path, facts: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> None:
+    names = {"policy": "the policy before training", "reference": "the reference", "data": "the training pairs"}
+    for key, words in names.items():
+        if facts["identity"].get(key) != identity[key]:
+            raise CheckpointError(
+                f"{path} belongs to another run: {words} differ (hash {str(facts['identity'].get(key))[:12]} there, "
+                f"{str(identity[key])[:12]} here); give another output_dir, or the inputs of that run"
+            )
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [k for k, v in ours.items() if k not in MAY_DIFFER and facts["config"].get(k) != v]
+    if changed:
+        pairs = ", ".join(f"{k}: {facts['config'].get(k)} there, {ours[k]} here" for k in changed)
+        raise CheckpointError(f"{path} belongs to another config ({pairs}); give another output_dir, or the old values")
+    there = facts["config"]["batch"] * facts["config"]["accumulation"]
+    if there != config.pairs_per_step:
+        raise CheckpointError(
+            f"{path} has {there} pairs in a step, batch × accumulation is now {config.pairs_per_step}: keep the product"
+        )

@@ -1,0 +1,102 @@
+"""How is a folder written so that it is there whole or not at all, and how is that checked later?"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+WRITING, REMOVING = ".writing-", ".removing-"
+
+
+class DamagedError(ValueError):
+    """A folder that is not what its manifest says."""
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
+    """Yields an empty folder beside `target`; what is in it at the end becomes `target` in one rename, with a manifest.
+
+    The manifest holds `facts` and the size and SHA-256 of every file.  Every file is on the disk before the rename.
+    After an error nothing is left.  An older `target` is replaced.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f"{WRITING}{target.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        manifest = {"facts": facts, "files": {name: _digest(folder / name) for name in _names(folder)}}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        for name in [*_names(folder), MANIFEST]:
+            _sync(folder / name)
+        for sub in sorted({path.parent for path in folder.rglob("*")} | {folder}):
+            _sync(sub)
+        if target.exists():
+            remove_folder(target)
+        folder.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that no half of it can be taken for the whole: renamed first."""
+    doomed = folder.parent / f"{REMOVING}{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what a killed process was writing or removing."""
+    for path in parent.iterdir():
+        if path.name.startswith((WRITING, REMOVING)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The facts of a whole folder.
+
+    Raises:
+        DamagedError: no manifest, or a file that is missing or not the one that was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, facts = manifest["files"], manifest["facts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder} has no readable {MANIFEST}: {error}") from error
+    for name, expected in files.items():
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from error
+        if found != expected:
+            raise DamagedError(f"{folder / name} is not the file that was written ({found['bytes']} bytes)")
+    return facts
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

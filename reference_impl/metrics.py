@@ -1,0 +1,106 @@
+"""What was measured over many pairs, exactly?  Sums and counts, divided once.
+
+A mean over pairs is Σ value / Σ 1 over all micro-batches (and, one day, all processes: both sums add up), never a mean
+of means, so it does not depend on how the pairs were split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+
+class PairSums:
+    """Adds up per-pair values, in float64 on their own device: no synchronisation until the end."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """values: name → (pair,), the same names and number of pairs in each call's dict."""
+        self.pairs += len(next(iter(values.values())))
+        for name, value in values.items():
+            total = value.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def means(self) -> dict[str, float]:
+        return {name: total.item() / self.pairs for name, total in self._sums.items()}
+
+
+class History:
+    """The rows of a run, in memory and, with a folder, as one line each in metrics.jsonl.
+
+    A row is {"step": …, "split": 'train', a held-out set's name or 'summary', "metrics": {name: number}}.
+    """
+
+    def __init__(self, folder: Path | None, rows: list[dict[str, Any]], trackers: list[Tracker]) -> None:
+        self.rows = list(rows)
+        self._trackers = trackers
+        self._file: TextIO | None = None
+        if folder is not None:
+            # Rows after the checkpoint that a run continues from belong to steps that will be made again.
+            self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+            for row in self.rows:
+                self._file.write(_line(row))
+            self._file.flush()
+
+    def add(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        row = {"step": step, "split": split, "metrics": metrics}
+        self.rows.append(row)
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+        for tracker in self._trackers:
+            tracker(step, split, metrics)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+Tracker = Callable[[int, str, dict[str, float]], None]
+
+
+def open_trackers(names: tuple[str, ...], folder: Path, settings: dict[str, Any]) -> list[Tracker]:
+    """TensorBoard and Weights & Biases, where asked for.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    return [{"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings) for name in names]
+
+
+def _tensorboard(folder: Path, settings: dict[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(step: int, split: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(f"{split}/{name}", value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
+    import wandb
+
+    run = wandb.init(dir=str(folder), config=settings)
+
+    def track(step: int, split: str, metrics: dict[str, float]) -> None:
+        # Evaluation and training rows of one step share it; wandb refuses a step that goes back.
+        run.log({f"{split}/{name}": value for name, value in metrics.items()} | {"step": step})
+
+    return track
+
+
+def _line(row: dict[str, Any]) -> str:
+    # NaN and infinity are not JSON: written as strings, so that every line can be read by anything.
+    metrics = {k: v if v == v and abs(v) != float("inf") else str(v) for k, v in row["metrics"].items()}
+    return json.dumps({**row, "metrics": metrics}, allow_nan=False) + "\n"

@@ -1,0 +1,199 @@
+"""What has to be ready before the first step?  Data, policy, reference, optimizer, the cheap and fallible first."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reference_impl import models
+from reference_impl.checkpoint import close_folder
+from reference_impl.config import RESERVED_SPLITS, ConfigError, TrainConfig
+from reference_impl.data import PairData, TokenPair, load_pairs
+from reference_impl.logps import unwrapped
+from reference_impl.models import ModelError, Policy
+from reference_impl.objectives import OBJECTIVES
+from reference_impl.optimize import build_optimizer
+from reference_impl.order import steps_per_epoch
+from reference_impl.refcache import cache_key, cached_reference
+from reference_impl.reference import OnlineReference, Reference, online_reference
+
+
+@dataclass
+class Run:
+    """Everything the loop needs.
+
+    references: data set's name ('train' or a held-out set's) → its frozen reference; empty for an objective without.
+    identity: hashes by which a checkpoint knows its run.
+    """
+
+    config: TrainConfig
+    folder: Path | None
+    policy: Policy
+    references: dict[str, Reference]
+    train: PairData
+    held_out: dict[str, PairData]
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    identity: dict[str, Any]
+
+    def close(self) -> None:
+        """Gives the models back as they came, and the folder free."""
+        for reference in {id(r): r for r in self.references.values()}.values():
+            reference.close()
+        self.policy.give_back()
+        if self.folder is not None:
+            close_folder(self.folder)
+
+
+def prepare(
+    config: TrainConfig,
+    folder: Path | None,
+    model: nn.Module | None,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    train_rows: Any,
+    eval_rows: Any,
+) -> Run:
+    """Reads data before models, and checks everything that can be checked before the first step."""
+    _check_inputs(config, model, reference, train_rows)
+    tokenizer = tokenizer or _own_tokenizer(config, model, train_rows)
+    pad_id = models.check_tokenizer(tokenizer) if tokenizer is not None else _pad_id(model)
+    train = _pairs(train_rows if train_rows is not None else config.train, tokenizer, config)
+    held_out = {
+        name: _pairs(rows, tokenizer, config) for name, rows in (_named(eval_rows) or dict(config.eval)).items()
+    }
+    per_epoch = steps_per_epoch(len(train.pairs), config.pairs_per_step, config.last_step)
+    total_steps = config.steps or (config.epochs or 1) * per_epoch
+    _check_steps(config, len(train.pairs), per_epoch, total_steps)
+
+    device = models.pick_device(config.device)
+    model = model if model is not None else models.load_model(config.model, config.dtype, device)
+    models.check_model(model, tokenizer, "policy")
+    _check_ids(model, {"train": train, **held_out})
+    policy = models.prepare_policy(model, tokenizer, pad_id, config)
+    try:
+        if reference is None and config.reference is not None:
+            reference = models.load_model(config.reference, config.dtype, next(policy.model.parameters()).device)
+        if reference is not None:
+            models.check_model(reference, tokenizer, "reference")
+        identity = {
+            "policy": models.weights_hash(policy.model) if folder is not None else None,
+            "reference": models.weights_hash(reference) if folder is not None and reference is not None else "policy",
+            "data": train.fingerprint,
+        }
+        references = _references(config, folder, policy, reference, {"train": train, **held_out})
+    except BaseException:
+        policy.give_back()
+        raise
+    optimizer = build_optimizer(policy.model, config)
+    return Run(config, folder, policy, references, train, held_out, optimizer, total_steps, identity)
+
+
+def _references(
+    config: TrainConfig, folder: Path | None, policy: Policy, given: nn.Module | None, sets: dict[str, PairData]
+) -> dict[str, Reference]:
+    if not OBJECTIVES[config.objective].reference:
+        return {}
+    if config.reference_logps == "online":
+        shared = online_reference(policy, given, config.logps)
+        return dict.fromkeys(sets, shared)
+    # Before the first step the policy is the reference: no copy is needed to ask it once.
+    source = OnlineReference(policy.model, policy, config.logps) if given is None else None
+    source = source or online_reference(policy, given, config.logps)
+    digest = models.weights_hash(source.model)
+    place = Path(config.reference_cache) if config.reference_cache else folder / "reference_cache"
+    batch = config.reference_batch or config.batch
+    try:
+        return {
+            name: cached_reference(source, data, place, cache_key(digest, data, config.dtype, config.logps), batch)
+            for name, data in sets.items()
+        }
+    except OSError as error:
+        raise ConfigError(f"reference_cache {place} cannot be written: {error.strerror or error}") from error
+    finally:
+        source.close()
+
+
+def _check_inputs(config: TrainConfig, model: nn.Module | None, reference: nn.Module | None, train_rows: Any) -> None:
+    if model is None and config.model is None:
+        raise ConfigError("no policy: set model to a folder or a hub name, or pass a live model")
+    if train_rows is None and config.train is None:
+        raise ConfigError("no training data: set train to a file or 'hub:name', or pass train_rows")
+    if reference is not None and config.reference is not None:
+        raise ConfigError(f"two references: a live one was passed, and reference={config.reference}: give one")
+    if reference is not None and not OBJECTIVES[config.objective].reference:
+        raise ConfigError(f"a reference was passed, but {config.objective} has none")
+
+
+def _check_steps(config: TrainConfig, pairs: int, per_epoch: int, total: int) -> None:
+    if per_epoch == 0:
+        raise ConfigError(
+            f"{pairs} pairs do not fill one optimizer step of batch {config.batch} × accumulation "
+            f"{config.accumulation}: set last_step=keep, or lower them"
+        )
+    if 0 < total <= config.warmup_steps:
+        raise ConfigError(f"warmup_steps is {config.warmup_steps}, but the run has only {total} steps")
+
+
+def _own_tokenizer(config: TrainConfig, model: nn.Module | None, train_rows: Any) -> Any:
+    if config.tokenizer is None and _is_tokenised(train_rows):
+        return None
+    source = config.tokenizer or config.model or getattr(unwrapped(model), "name_or_path", None)
+    if not source:
+        raise ConfigError("no tokenizer: pass one, or set tokenizer to a folder or a hub name")
+    return models.load_tokenizer(source)
+
+
+def _pad_id(model: nn.Module | None) -> int:
+    config = getattr(unwrapped(model), "config", None) if model is not None else None
+    known = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((value for value in known if isinstance(value, int) and value >= 0), 0)
+
+
+def _is_tokenised(rows: Any) -> bool:
+    if isinstance(rows, PairData):
+        return True
+    return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], TokenPair)
+
+
+def _pairs(rows: Any, tokenizer: Any, config: TrainConfig) -> PairData:
+    if isinstance(rows, PairData):
+        return rows
+    if _is_tokenised(rows):
+        digest = hashlib.sha256(repr([dataclasses.astuple(pair) for pair in rows]).encode()).hexdigest()
+        return PairData(tuple(rows), None, digest)
+    if tokenizer is None:
+        raise ConfigError("rows of text need a tokenizer: pass one, or set tokenizer")
+    return load_pairs(
+        rows,
+        tokenizer,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        chat_template_kwargs=dict(config.chat_template_kwargs),
+    )
+
+
+def _named(eval_rows: Any) -> dict[str, Any] | None:
+    if eval_rows is None:
+        return None
+    named = dict(eval_rows) if isinstance(eval_rows, Mapping) else {"eval": eval_rows}
+    taken = [name for name in named if name in RESERVED_SPLITS]
+    if taken:
+        raise ConfigError(f"a held-out set is named {taken[0]!r}: this name is taken")
+    return named
+
+
+def _check_ids(model: nn.Module, sets: dict[str, PairData]) -> None:
+    rows = unwrapped(model).get_input_embeddings().weight.shape[0]
+    for name, data in sets.items():
+        for pair in data.pairs:
+            largest = max(*pair.prompt, *pair.chosen, *pair.rejected)
+            if largest >= rows:
+                raise ModelError(f"row {pair.row} of {name} has token {largest}, but the embedding has {rows} rows")

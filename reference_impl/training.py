@@ -1,0 +1,216 @@
+"""How does a run go, from the first pair to the saved model?  The loop, on one page, top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from reference_impl import checkpoint, dpo, randomness
+from reference_impl.artifact import save_final
+from reference_impl.config import TrainConfig, save_config
+from reference_impl.evaluate import evaluate, judge
+from reference_impl.metrics import History, PairSums, open_trackers
+from reference_impl.optimize import clip_gradient, learning_rate
+from reference_impl.order import Position, Window, windows
+from reference_impl.prepare import Run, prepare
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or gradient that is not finite."""
+
+
+class Watcher(Protocol):
+    """Told what happens in a run, for a screen."""
+
+    def started(self, run: Run, first_step: int) -> None: ...
+
+    def row(self, step: int, split: str, metrics: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """model: the policy after training, the object that was passed (inside its adapter, if one was added).
+    history: rows of step, split and metrics.  checkpoints: step → folder.  final: the saved model's folder.
+    stopped: SIGTERM ended the run early, after a checkpoint."""
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    checkpoints: dict[int, Path]
+    final: Path | None
+    stopped: bool
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    tokenizer: Any = None,
+    train_rows: Any = None,
+    eval_rows: Any = None,
+    output_dir: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> TrainResult:
+    """Trains a policy by DPO or another objective of the config.
+
+    What is not passed comes from the config.  A live model is trained in place, in the config's dtype.
+
+    Args:
+        model, reference: causal LMs; without a reference it is a frozen copy of the policy as passed.
+        train_rows: rows as dicts, a path, PairData or TokenPairs; eval_rows: the same, or name → the same.
+        output_dir: overrides the config's.
+        watcher: told about every row of the history.
+    Raises:
+        ConfigError, DataError, ModelError: before the first step; CheckpointError, TrainingError: later.
+    """
+    if output_dir is not None:
+        config = replace(config, output_dir=str(output_dir))
+    with randomness.seeded(config.seed):
+        folder = checkpoint.open_folder(config.output_dir) if config.output_dir is not None else None
+        try:
+            run = prepare(config, folder, model, reference, tokenizer, train_rows, eval_rows)
+        except BaseException:
+            if folder is not None:
+                checkpoint.close_folder(folder)
+            raise
+        try:
+            return _train(run, watcher)
+        finally:
+            run.close()
+
+
+def _train(run: Run, watcher: Watcher | None) -> TrainResult:
+    config, folder, total = run.config, run.folder, run.total_steps
+
+    # Where the run stands: at its beginning, or at a checkpoint of its own.
+    state = checkpoint.State(0, Position(), [])
+    found = checkpoint.find_checkpoint(config, folder)
+    if found is not None:
+        state = checkpoint.load_checkpoint(found, run.policy, run.optimizer, config, run.identity)
+    if folder is not None:
+        save_config(config, folder / "train_config.yaml")
+    trackers = open_trackers(config.trackers, folder, vars(config)) + ([watcher.row] if watcher else [])
+    history = History(folder, state.history, trackers)
+    if watcher is not None:
+        watcher.started(run, state.step)
+
+    step, position, saved, began = state.step, state.position, state.step, time.perf_counter()
+    if step == 0:
+        _evaluate(run, 0, history)
+    steps = windows(
+        len(run.train.pairs),
+        config.pairs_per_step,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        last_step=config.last_step,
+        start=position,
+    )
+    with _Stop(enabled=folder is not None) as stop:
+        while step < total and not stop.asked:
+            window = next(steps)
+            metrics = optimizer_step(run, window, step)
+            step, position = step + 1, window.after
+            history.add(step, "train", metrics)
+            if step == total or (config.eval_every and step % config.eval_every == 0):
+                _evaluate(run, step, history)
+            due = config.save_every and (step % config.save_every == 0 or step == total)
+            if due or (stop.asked and step < total):
+                state = checkpoint.State(step, position, history.rows)
+                checkpoint.save_checkpoint(folder, state, run.policy, run.optimizer, config, run.identity)
+                saved = step
+        if stop.asked and saved < step < total:  # asked between the check above and the loop's
+            state = checkpoint.State(step, position, history.rows)
+            checkpoint.save_checkpoint(folder, state, run.policy, run.optimizer, config, run.identity)
+
+    final = None
+    if step == total:
+        history.add(step, "summary", summary(history.rows, time.perf_counter() - began))
+        if folder is not None:
+            final = save_final(run, history.rows)
+    history.close()
+    kept = checkpoint.checkpoints(folder) if folder is not None else {}
+    return TrainResult(run.policy.model, history.rows, kept, final, stopped=step < total)
+
+
+def optimizer_step(run: Run, window: Window, step: int) -> dict[str, float]:
+    """One step on the pairs of a window, in micro-batches.
+
+    Each micro-batch's loss is Σ losses / N with N the pairs of the *window*, so the gradients that add up are those of
+    the mean over the window's pairs, whatever the sizes of its parts (dpo.mean_over_pairs).  Metrics are sums over the
+    same pairs, divided by N once.
+    """
+    config, policy, began = run.config, run.policy, time.perf_counter()
+    pairs_in_step, tokens, sums = len(window.indices), 0, PairSums()
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in window.micro_batches(config.batch):
+        pairs = [run.train.pairs[index] for index in part]
+        losses, values = judge(policy, run.references.get("train"), pairs, config)
+        dpo.mean_over_pairs(losses, pairs_in_step).backward()
+        sums.add(values)
+        tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+    norm = clip_gradient(run.optimizer, config.clip_norm)
+    rate = learning_rate(config, step, run.total_steps)
+    metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate}
+    for name in ("loss", "grad_norm"):
+        if not abs(metrics[name]) < float("inf"):
+            rows = [run.train.pairs[index].row for index in window.indices]
+            raise TrainingError(
+                f"step {step + 1}: {name} is {metrics[name]}; the weights are left as they were before it. "
+                f"Rows of the step: {rows[:20]}. Lower learning_rate, or look at these rows"
+            )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    seconds = time.perf_counter() - began
+    return metrics | {
+        "epoch": window.after.epoch + window.after.consumed / len(run.train.pairs),
+        "pairs": float(pairs_in_step),
+        "tokens": float(tokens),
+        "tokens/s": tokens / seconds,
+        "pairs/s": pairs_in_step / seconds,
+    }
+
+
+def summary(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+    """What the whole run comes to: the mean loss over all pairs seen, not over steps, and totals."""
+    steps = [row["metrics"] for row in rows if row["split"] == "train"]
+    pairs = sum(m["pairs"] for m in steps)
+    return {
+        "loss": sum(m["loss"] * m["pairs"] for m in steps) / pairs,
+        "steps": float(len(steps)),
+        "pairs": pairs,
+        "tokens": sum(m["tokens"] for m in steps),
+        "seconds": seconds,
+    }
+
+
+def _evaluate(run: Run, step: int, history: History) -> None:
+    for name, data in run.held_out.items():
+        history.add(step, name, evaluate(run.policy, run.references.get(name), data.pairs, run.config))
+
+
+class _Stop:
+    """Turns SIGTERM into a question that the loop asks after each step, in the main thread and with a folder only."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.asked = False
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Stop:
+        if self._enabled:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self._enabled:
+            signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,91 @@
+"""What does a check claim, and why should one care?  The texts of `list`, `explain` and `audit --list`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from dpocheck.check import CHAPTERS, Check
+from dpocheck.report.words import CHAPTERS as TITLES
+from dpocheck.report.words import line, plural
+
+WIDTH = 100
+LABEL = 14
+
+
+def explain(check: Check) -> str:
+    """Everything that the catalogue says of one check."""
+    title = TITLES.get(check.chapter, check.chapter)
+    lines = [f"{check.id} · {check.level} · version {check.version} · tier {check.tier} · chapter {title}", ""]
+    lines += textwrap.wrap(check.claim, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    lines.append("")
+    caught = specimens(check.id)
+    rows = [
+        ("source", check.source), ("why", check.why), ("a real bug", check.bug), ("to fix", check.fix),
+        ("needs", ", ".join(sorted(check.needs))), ("stage", check.stage),
+        ("promise", f"what the adapter's `says.{check.says}` states" if check.says else ""),
+        ("tells apart", "; ".join(_changes(rival) for rival in check.rivals)),
+        ("properties", ", ".join(check.covers)), ("specimens", "; ".join(caught)),
+    ]  # fmt: skip
+    for label, text in rows:
+        if text:
+            lines += _labelled(label, text)
+    lines += ["", f"  dpocheck audit SUBJECT --only {check.id}"]
+    return "\n".join(lines) + "\n"
+
+
+def _changes(theory) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in theory.differs().items())
+
+
+def _labelled(label: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(line(text), WIDTH - LABEL - 2, break_long_words=False, break_on_hyphens=False)
+    return [f"  {(label if place == 0 else ''):<{LABEL}}{part}" for place, part in enumerate(wrapped)]
+
+
+def specimens(id: str) -> list[str]:
+    """The known bugs that the check `id` is there to catch, by the name of the specimen."""
+    try:
+        from dpocheck.zoo import SPECIMENS
+    except ImportError:  # the zoo's code needs torch, which the judge's machine may lack
+        return []
+    found = SPECIMENS.values() if isinstance(SPECIMENS, dict) else SPECIMENS
+    caught = []
+    for specimen in found:
+        catchers = specimen.caught_by
+        if id == catchers or (not isinstance(catchers, str) and id in catchers):
+            imitates = getattr(specimen, "imitates", None)
+            caught.append(f"{specimen.id}" + (f" ({imitates})" if imitates else ""))
+    return sorted(caught)
+
+
+def catalogue_text(checks: Iterable[Check]) -> str:
+    """All checks by chapter: id, level, tier, claim."""
+    checks = list(checks)
+    if not checks:
+        return "no check is declared\n"
+    width = max(len(check.id) for check in checks)
+    lines = []
+    for chapter in CHAPTERS:
+        inside = [check for check in checks if check.chapter == chapter]
+        if not inside:
+            continue
+        lines += ["", f"{TITLES.get(chapter, chapter)} ({len(inside)})"]
+        for check in inside:
+            head = f"  {check.id:<{width}}  {check.level:<6}  {check.tier:<5}  "
+            wrapped = textwrap.wrap(line(check.claim), max(120 - len(head), 40)) or [""]
+            lines += [head + wrapped[0], *(" " * len(head) + part for part in wrapped[1:])]
+    lines += ["", f"{plural(len(checks), 'check')}. dpocheck explain ID says more."]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def planned_text(rows: Iterable[tuple[Check, str | None]]) -> str:
+    """What an audit would run, and what not and why."""
+    rows = list(rows)
+    width = max((len(check.id) for check, _ in rows), default=0)
+    lines = []
+    for check, reason in rows:
+        said = line(check.claim) if reason is None else f"not run: {line(reason)}"
+        lines.append(f"  {'✔' if reason is None else '–'} {check.id:<{width}}  {check.level:<6}  {said}")
+    runs = sum(reason is None for _, reason in rows)
+    return "\n".join([*lines, f"{plural(runs, 'check')} would run, {len(rows) - runs} not"]) + "\n"

@@ -76,8 +76,9 @@ def gather(
     """The report with the paths of its files, and the files by path."""
     contents: dict[str, bytes] = {}
     results = []
+    taken: set[str] = set()
     for result in report.results:
-        name = _free(f"{_safe(result.id)}", contents)
+        name = _free(_safe(result.id), taken)
         if result.verdict in KEPT and result.experiments:
             path = f"experiments/{stored.handle(result)}.json"
             contents[path] = _json(stored.store(result, report, options))
@@ -110,12 +111,12 @@ def _safe(id: str) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", id.lower()).strip("-") or "check"
 
 
-def _free(name: str, contents: dict[str, bytes]) -> str:
+def _free(name: str, taken: set[str]) -> str:
     """`name`, or with a number behind it where a result of the same id has taken it."""
-    taken = {Path(path).stem.replace("_", "-") for path in contents}
     place, free = 2, name
     while free in taken:
         free, place = f"{name}-{place}", place + 1
+    taken.add(free)
     return free
 
 

@@ -25,7 +25,9 @@ FINAL = "final"
 
 def command_line() -> str:
     """The command of this process, as a shell reads it."""
-    return shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    start = ["python", "-m", "reference_impl"] if name == "__main__.py" else [name or "python"]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def save_final(run: Run, rows: list[dict[str, Any]]) -> Path:

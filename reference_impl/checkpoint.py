@@ -144,11 +144,12 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
     """The checkpoint to continue from; None: start anew.
 
     Raises:
-        CheckpointError: the one asked for is not there or damaged, or all in the folder are damaged.
+        CheckpointError: the one asked for is not there or damaged, all in the folder are damaged, or it belongs to
+            another config.
     """
     if config.resume not in ("auto", "never"):
         try:
-            check_folder(Path(config.resume))
+            _same_config(Path(config.resume), check_folder(Path(config.resume)), config)
         except DamagedError as error:
             raise CheckpointError(f"resume={config.resume} cannot be continued from: {error}") from error
         return Path(config.resume)
@@ -157,10 +158,11 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
         raise ConfigError(f"resume=never, but {folder} has checkpoints: remove them, or give another output_dir")
     for path in reversed(found.values()):
         try:
-            check_folder(path)
+            facts = check_folder(path)
         except DamagedError as error:
             log.warning("passed over: %s", error)
         else:
+            _same_config(path, facts, config)
             return path
     if found:
         raise CheckpointError(f"all checkpoints in {folder} are damaged: remove them to start anew")
@@ -176,7 +178,8 @@ def load_checkpoint(
         CheckpointError: it belongs to another model, data set or config.
     """
     facts = check_folder(path)
-    _same_run(path, facts, config, identity)
+    _same_config(path, facts, config)
+    _same_inputs(path, facts, identity)
     try:
         load_policy(policy, path)
         load_optimizer_state(policy.model, optimizer, load_file(path / "trainer" / "optimizer.safetensors"))
@@ -201,7 +204,7 @@ def load_policy(policy: Policy, folder: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def _same_run(path: Path, facts: dict[str, Any], config: TrainConfig, identity: dict[str, Any]) -> None:
+def _same_inputs(path: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:
     names = {"policy": "the policy before training", "reference": "the reference", "data": "the training pairs"}
     for key, words in names.items():
         if facts["identity"].get(key) != identity[key]:
@@ -209,6 +212,9 @@ def _same_run(path: Path, facts: dict[str, Any], config: TrainConfig, identity: 
                 f"{path} belongs to another run: {words} differ (hash {str(facts['identity'].get(key))[:12]} there, "
                 f"{str(identity[key])[:12]} here); give another output_dir, or the inputs of that run"
             )
+
+
+def _same_config(path: Path, facts: dict[str, Any], config: TrainConfig) -> None:
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [k for k, v in ours.items() if k not in MAY_DIFFER and facts["config"].get(k) != v]
     if changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from reference_impl.optimize import build_optimizer
 from reference_impl.order import steps_per_epoch
 from reference_impl.refcache import cache_key, cached_reference
 from reference_impl.reference import OnlineReference, Reference, online_reference
+
+log = logging.getLogger("reference_impl")
 
 
 @dataclass
@@ -69,6 +72,8 @@ def prepare(
     held_out = {
         name: _pairs(rows, tokenizer, config) for name, rows in (_named(eval_rows) or dict(config.eval)).items()
     }
+    for name, data in {"train": train, **held_out}.items():
+        _tell_report(name, data, folder)
     per_epoch = steps_per_epoch(len(train.pairs), config.pairs_per_step, config.last_step)
     total_steps = config.steps or (config.epochs or 1) * per_epoch
     _check_steps(config, len(train.pairs), per_epoch, total_steps)
@@ -94,6 +99,15 @@ def prepare(
         raise
     optimizer = build_optimizer(policy.model, config)
     return Run(config, folder, policy, references, train, held_out, optimizer, total_steps, identity)
+
+
+def _tell_report(name: str, data: PairData, folder: Path | None) -> None:
+    if data.report is None:
+        return
+    for line in data.report.lines():
+        log.info("%s", line)
+    if folder is not None:
+        (folder / f"data_report.{name}.json").write_text(data.report.to_json(), encoding="utf-8")
 
 
 def _references(

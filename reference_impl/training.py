@@ -74,23 +74,23 @@ def train(
     with randomness.seeded(config.seed):
         folder = checkpoint.open_folder(config.output_dir) if config.output_dir is not None else None
         try:
+            found = checkpoint.find_checkpoint(config, folder)
             run = prepare(config, folder, model, reference, tokenizer, train_rows, eval_rows)
         except BaseException:
             if folder is not None:
                 checkpoint.close_folder(folder)
             raise
         try:
-            return _train(run, watcher)
+            return _train(run, found, watcher)
         finally:
             run.close()
 
 
-def _train(run: Run, watcher: Watcher | None) -> TrainResult:
+def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult:
     config, folder, total = run.config, run.folder, run.total_steps
 
     # Where the run stands: at its beginning, or at a checkpoint of its own.
     state = checkpoint.State(0, Position(), [])
-    found = checkpoint.find_checkpoint(config, folder)
     if found is not None:
         state = checkpoint.load_checkpoint(found, run.policy, run.optimizer, config, run.identity)
     if folder is not None:

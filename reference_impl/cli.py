@@ -1,0 +1,156 @@
+"""How is a run started from a shell?  dpo-train CONFIG.yaml key=value ...
+
+Exit codes: 0 trained, 2 a setting, row, model or file was refused before training, 1 training could not go on,
+143 ended by SIGTERM after a checkpoint (the same command goes on).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from reference_impl.config import TrainConfig
+    from reference_impl.progress import Screen
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("settings", nargs=-1, metavar="[rows] [CONFIG.yaml] [KEY=VALUE]...")
+@click.option("--show-config", is_flag=True, help="Print the settings that would be used, and stop.")
+@click.option("--row", type=int, help="With rows: show this row (from 0), token by token.")
+@click.option("--reason", help="With rows: only rows dropped or cut for this reason.")
+def command(settings: tuple[str, ...], show_config: bool, row: int | None, reason: str | None) -> None:
+    """Train a language model on preferences.
+
+    CONFIG.yaml holds settings; KEY=VALUE lays one over it. What a run needs: model, train and output_dir.
+
+    With `rows` in front nothing is trained: the rows that were dropped or cut are listed, or one row is shown as the
+    model sees it.
+
+    A run that was stopped goes on from its last checkpoint when the same command is given again.
+    """
+    # cuBLAS reads this once, before its first use; without it matrix products on a GPU may differ between runs.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    _log_to_stderr()
+    if settings[:1] == ("rows",):
+        sys.exit(list_rows(settings[1:], row, reason))
+    if row is not None or reason is not None:
+        raise click.UsageError("--row and --reason belong to: dpo-train rows ...")
+    sys.exit(run(settings, show_config))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of dpo-train."""
+    command.main(args=list(args) if args is not None else None, prog_name="dpo-train")
+
+
+def run(settings: Sequence[str], show_config: bool = False) -> int:
+    """Loads the config, trains, and turns every refusal into one line; returns the exit code."""
+    from reference_impl.config import ConfigError
+
+    try:
+        config = _config(settings)
+        if show_config:
+            from omegaconf import OmegaConf
+
+            click.echo(OmegaConf.to_yaml(OmegaConf.structured(config)), nl=False)
+            return 0
+        _needs(config, "model", "train", "output_dir")
+    except ConfigError as error:
+        return _refused(error, 2)
+    return _train(config)
+
+
+def list_rows(settings: Sequence[str], row: int | None, reason: str | None) -> int:
+    """Prints what became of the rows of `train`; returns the exit code."""
+    from reference_impl import models, show
+    from reference_impl.config import ConfigError
+    from reference_impl.data import DataError
+
+    try:
+        config = _config(settings)
+        _needs(config, "train")
+        source = config.tokenizer or config.model
+        if source is None:
+            raise ConfigError("tokenizer is not set: write tokenizer=... or model=...")
+        lines = show.list_rows(
+            config.train,
+            models.load_tokenizer(source),
+            max_length=config.max_length,
+            truncation=config.truncation,
+            chat_template_kwargs=dict(config.chat_template_kwargs),
+            reason=reason,
+            row=row,
+        )
+    except KeyError as error:
+        return _refused(ValueError(str(error.args[0])), 2)
+    except (ConfigError, DataError, models.ModelError) as error:
+        return _refused(error, 2)
+    click.echo("\n".join(lines))
+    return 0
+
+
+def _config(settings: Sequence[str]) -> TrainConfig:
+    from reference_impl.config import load_config
+
+    file = next((item for item in settings if "=" not in item), None)
+    return load_config(file, [item for item in settings if item is not file])
+
+
+def _needs(config: TrainConfig, *names: str) -> None:
+    from reference_impl.config import ConfigError
+
+    missing = [name for name in names if getattr(config, name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} is not set: write {missing[0]}=... or put it into CONFIG.yaml")
+
+
+def _train(config: TrainConfig) -> int:
+    from reference_impl.checkpoint import CheckpointError
+    from reference_impl.config import ConfigError
+    from reference_impl.data import DataError
+    from reference_impl.models import ModelError
+    from reference_impl.progress import Screen
+    from reference_impl.training import TrainingError, train
+
+    _quiet_transformers()
+    with Screen(config.print_every) as screen:
+        try:
+            result = train(config, watcher=screen)
+        except (ConfigError, DataError, ModelError) as error:
+            return _refused(error, 2, screen)
+        except (CheckpointError, TrainingError) as error:
+            return _refused(error, 1, screen)
+    if result.stopped:
+        step, path = max(result.checkpoints.items())
+        click.echo(f"stopped after step {step}; saved {path}; the same command goes on from there")
+        return 143
+    click.echo(f"model: {result.final}")
+    return 0
+
+
+def _refused(error: Exception, code: int, screen: Screen | None = None) -> int:
+    if screen is not None:
+        screen.close()
+    click.echo(f"dpo-train: {' '.join(str(error).split())}", err=True)
+    return code
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("reference_impl")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one for each file read or written, between our own lines

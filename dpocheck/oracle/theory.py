@@ -9,92 +9,153 @@ see which one the subject is nearest to.  The formulas of the papers stay free o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Literal, get_args, get_type_hints
+
+Counted = Literal[
+    "completion",
+    "prompt",  # the prompt's tokens too
+    "last-prompt",  # the last token of the prompt too
+    "no-first",  # not the completion's first token
+    "no-eos",  # not the completion's EOS
+    "eos-twice",  # the completion's last token twice
+    "last-only",
+    "padding",  # every pad too
+    "one-pad",  # the pad next to the completion too
+    "no-pad-id",  # not tokens that have the pad's id
+    "no-zero-id",  # not token id 0
+    "unshifted",  # logit t scored on token t
+    "shifted-back",  # logit t + 1 scored on token t
+    "double-shift",  # logit t - 2 scored on token t
+    "mask-unshifted",  # labels shifted, mask not
+    "chosen-mask",  # the rejected row under its chosen row's mask
+    "longest-loses-last",  # the longest row of a batch loses its last token
+]
+Logps = Literal["sum", "mean", "mean-padded", "mean-batch"]
 
 
 @dataclass(frozen=True)
 class Theory:
-    """One way to compute DPO, right or wrong.  Stages in the order in which a trainer goes through them."""
+    """One way to compute DPO, right or wrong.  Stages in the order in which a trainer goes through them.
+
+    Raises ValueError for a value that no stage knows.
+    """
 
     # rows and tokens
-    columns: str = "given"  # "swapped": chosen and rejected exchanged in the data
-    eos: str = "appended"  # to a text completion: "appended" once, "none", "twice"
-    template_eos: str = "once"  # after a chat template that ends with EOS itself: "once", "twice"
-    bos: str = "tokenizer"  # "tokenizer": as the tokenizer does; "none"; "added"; "inside" (the completion too)
-    boundary: str = "joint"  # "joint": prompt+completion tokenised as one, split at the common prefix; "apart"
-    prefix: str = "text"  # rows without prompt: "text" keeps all; "loses-shared" drops a shared item
-    truncation: str = "asked"  # "asked", "keep_start", "keep_end", "drop", "none"
-    eos_cut: str = "truncated"  # with truncation: EOS is cut with the rest; "restored": the last token becomes EOS
+    columns: Literal["given", "swapped"] = "given"  # chosen and rejected exchanged in the data
+    # rows 2i and 2i+1 of a batch laid out in halves; each chosen with the next pair's rejected
+    pairing: Literal["given", "interleaved", "rolled"] = "given"
+    eos: Literal["appended", "none", "twice"] = "appended"  # to a text completion that does not end with it
+    template_eos: Literal["once", "twice", "ensured"] = "once"  # "once": as the chat template writes it
+    bos: Literal["tokenizer", "none", "added", "inside", "twice"] = "tokenizer"  # "inside": in the completion too
+    # prompt+completion tokenised as one and split at the common prefix, or apart; "cut": the joint tokens after the
+    # first n, where the prompt alone has n tokens
+    boundary: Literal["joint", "apart", "cut"] = "joint"
+    # rows without a prompt; "loses-shared": the index of the last item compared is taken for the prefix's length
+    prefix: Literal["text", "loses-shared"] = "text"
+    truncation: Literal["asked", "keep_start", "keep_end", "drop", "none"] = "asked"
+    eos_cut: Literal["truncated", "restored"] = "truncated"  # "restored": the last token kept is turned into EOS
 
-    # which positions count
-    counted: str = "completion"  # "prompt", "last-prompt", "no-first", "no-eos", "eos-twice", "last-only", "padding",
-    #                              "one-pad", "no-pad-id" (tokens equal to the pad id), "no-zero-id" (token id 0),
-    #                              "unshifted" (logit t scored on token t), "mask-unshifted", "double-shift",
-    #                              "chosen-mask" (the rejected row under the chosen row's mask), "longest-loses-last"
-    counted_reference: str | None = None  # the reference's own rule; None: the same
+    # which positions count, and what they see
+    counted: Counted = "completion"
+    counted_reference: Counted | None = None  # the reference's own rule; None: the same
+    attention: Literal["masked", "pads", "equal-positions", "future"] = "masked"
 
     # log-probs
-    logps: str = "sum"  # "mean", "mean-padded", "mean-batch"
-    logps_reference: str | None = None  # None: the same
-    normaliser: str = "logsumexp"  # "none" (raw logits), "max", "prob" (not log), "log2"
+    logps: Logps = "sum"
+    logps_reference: Logps | None = None  # None: the same
+    # "none": raw logits; "max": minus the greatest; "prob": not logarithms; "argmax": of the likeliest token
+    normaliser: Literal["logsumexp", "none", "max", "prob", "log2", "argmax", "negated"] = "logsumexp"
     temperature: float = 1.0  # logits are divided by it
     token_floor: float | None = None  # token log-probs are clamped from below
 
-    # reference
-    reference: str = "given"  # "policy-start", "policy-live", "disk" (the checkpoint, not the model in memory), "none",
-    #                           "swapped" (its two rows), "rolled" (another pair's), "batch-mean", "policy-graph"
-    reference_moves: float = 0.0  # moving average towards the policy, per step
+    # models
+    policy: Literal["memory", "disk"] = "memory"  # "disk": the checkpoint is trained, not the model handed over
+    # "disk": the checkpoint, not the model in memory; "swapped": its two rows; "rolled": the next pair's;
+    # "policy-graph": the live policy, and the gradient flows through it
+    reference: Literal[
+        "given", "policy-start", "policy-live", "policy-graph", "disk", "none", "swapped", "rolled", "batch-mean"
+    ] = "given"
+    reference_moves: float = 0.0  # share of the policy that the reference takes over after each step
+    # of precomputed log-probs; "stale": an earlier run's; "batch-position": row i of a batch gets those of row i
+    cache: Literal["fresh", "stale", "batch-position", "bfloat16"] = "fresh"
 
     # loss
-    kind: str | None = None  # another objective than the one asked for, e.g. "sigmoid" where "ipo" was asked
+    kind: Literal["sigmoid", "robust", "hinge", "ipo", "simpo"] | None = None  # another objective than was asked for
     coefficients: tuple[float, float, float, float] = (1.0, -1.0, -1.0, 1.0)  # of lp_w, lp_l, rf_w, rf_l in the logit
     beta_power: float = 1.0  # beta enters as beta ** power: 0 ignored, 2 twice, -1 inverted
     beta_scale: float = 1.0  # and times this
     beta_fixed: float | None = None  # or is a constant whatever was asked for
-    beta_on: str = "logit"  # "policy": only the policy's half; "outside": -beta log sigma(h); "both"
+    # "policy": only the policy's half; "outside": -beta log sigma(h); "both"; "divided": the loss over beta
+    beta_on: Literal["logit", "policy", "outside", "both", "divided"] = "logit"
     offset: float = 0.0  # added to the logit
-    smoothing: str = "cdpo"  # "ignored", "robust", "swapped", "minus", "half", "unnormalised"
+    smoothing: Literal["asked", "ignored", "robust", "swapped", "minus", "half", "unnormalised"] = "asked"
     smoothing_default: float = 0.0  # used where none was asked for
-    link: str = "logsigmoid"  # "sigmoid", "minus-sigmoid", "logsigmoid-positive", "exp", "linear",
-    #                           "focal", "tanh", "abs", "naive" (log of sigmoid), "epsilon" (log(sigmoid + 1e-8)), "log2"
+    link: Literal[
+        "logsigmoid", "sigmoid", "minus-sigmoid", "logsigmoid-positive", "exp", "linear", "focal", "tanh", "abs",
+        "naive", "epsilon", "log2",
+    ] = "logsigmoid"  # "naive": log of sigmoid; "epsilon": log(sigmoid + 1e-8)  # fmt: skip
     clamp: float | None = None  # |beta h| is clamped to it
-    ipo_length: str = "sum"  # "mean": log-probs per token, as TRL
-    gamma: str = "gamma"  # SimPO: "gamma" subtracted from the logit; "gamma-beta": gamma times beta; "ignored"
-    margins: str = "own"  # "centred" over the batch, "standardised", "broadcast" (B x B)
+    normalised: Literal["asked", "ignored", "always"] = "asked"  # log-probs per token, in SimPO and where asked
+    ipo_length: Literal["sum", "mean"] = "sum"  # IPO on summed log-probs, or per token
+    gamma: Literal["gamma", "gamma-beta", "ignored"] = "gamma"  # SimPO: subtracted from the logit; first times beta
+    margins: Literal["own", "centred", "standardised", "broadcast"] = "own"  # over the batch; B x B
     scale: float = 1.0  # of the loss and the gradient
+    # the SFT term: mean over pairs of token means, over all tokens of a batch, or over pairs of token sums
+    sft_mean: Literal["pair", "tokens", "sum"] = "pair"
+    sft: Literal["added", "ignored", "replaces"] = "added"  # "replaces": the weight is on the preference term instead
     sft_extra: float = 0.0  # an undeclared multiple of -lp_w / length
     kl_extra: float = 0.0  # an undeclared multiple of (lp_w - rf_w)
 
     # gradient
     gradient_scale: float = 1.0  # of the gradient only
-    detached: str = "none"  # "chosen", "rejected"
-    weight: str = "sigmoid"  # of the gradient: "half" constant
+    detached: Literal["none", "chosen", "rejected"] = "none"
+    weight: Literal["sigmoid", "half"] = "sigmoid"  # of the gradient; "half": that at margin 0, constant
 
     # reduction and step
-    reduction: str = "mean"  # "sum", "none", "rows" (by 2B), "plus-one", "first", "no-last", "max", "tokens"
-    uneven: str = "micro-batches"  # weights over an uneven window: "pairs", "micro-batches"
-    accumulation: str = "mean"  # "sum", "twice" (divided twice), "last" (only it), "steps" (one each)
-    incomplete_window: str = "stepped"  # "dropped"
-    last_batch: str = "kept"  # "dropped", "padded"
-    clip: str = "norm"  # "ignored", "micro", "value", "always"
+    # "none": left to the caller, who takes the mean; "rows": by 2B; "plus-one": by B + 1; "nonzero": mean of the
+    # losses that are not 0; "tokens": pairs weighted by their completion tokens
+    reduction: Literal[
+        "mean", "sum", "none", "rows", "plus-one", "first", "no-last", "max", "median", "nonzero", "tokens"
+    ] = "mean"
+    uneven: Literal["micro-batches", "pairs"] = "micro-batches"  # what weighs the same in a window
+    # "sum": not divided; "twice": divided twice; "last": only the last micro-batch; "steps": each micro-batch is a
+    # step; "updates": an update after each, of the divided gradient
+    accumulation: Literal["mean", "sum", "twice", "last", "steps", "updates"] = "mean"
+    incomplete_window: Literal["stepped", "dropped", "full-divisor"] = "stepped"
+    last_batch: Literal["kept", "dropped", "padded", "always-kept"] = "kept"  # "kept": unless `drop_last` asks
+    first_row: Literal["kept", "dropped"] = "kept"  # of each epoch
+    clip: Literal["norm", "ignored", "micro", "value", "always"] = "norm"
     update: float = 1.0  # -1: ascent
-    stale: str = "cleared"  # gradients of earlier steps: "kept"
+    stale: Literal["cleared", "kept"] = "cleared"  # gradients of earlier steps
     weight_decay_extra: float = 0.0
     momentum_extra: float = 0.0
-    schedule: str = "asked"  # "constant", "linear", "cosine", per "micro-step"
-    first_rate: str = "full"  # with warm-up: "full" (k+1)/w; "zero" k/w
+    decay: Literal["decoupled", "coupled", "all"] = "decoupled"  # "coupled": momentum sees it; "all": the norm's too
+    schedule: Literal["asked", "constant", "linear", "cosine", "micro-step"] = "asked"
+    first_rate: Literal["full", "zero", "skipped"] = "full"  # warm-up (k+1)/w; k/w; none
+    resume: Literal[
+        "full", "data-restarts", "schedule-restarts", "momentum-lost", "reference-from-checkpoint", "skips-batch",
+        "weights-bfloat16",
+    ] = "full"  # fmt: skip
 
     # metrics
-    reward_scale: str = "beta"  # "one", "squared"
-    rewards: str = "log-ratio"  # "swapped", "policy-only", "sum" (policy + reference), "clipped" at 5
-    margin: str = "difference"  # "sum", "absolute", "policy"
-    accuracy: str = "greater"  # "greater-equal", "half", "less", "logps", "positive"
-    logps_logged: str = "sum"  # "mean", "swapped", "reference"
-    window_metrics: str = "mean"  # over micro-batches: "last", "sum"
-    loss_logged: str = "mean"  # over micro-batches: "last", "sum", "divided-twice"
-    uneven_metrics: str = "micro-batches"  # "pairs": every pair weighs the same
-    eval_metrics: str = "pairs"  # "batches": unweighted mean of batch means (exact where batches are equal)
-    eval_loss: str = "pairs"  # "batches"
-    eval_tail: str = "kept"  # "dropped"
+    reward_scale: Literal["beta", "one", "squared"] = "beta"
+    reward_logps: Literal["loss", "sum"] = "loss"  # the log-probs of the loss (per token where normalised), or sums
+    rewards: Literal["log-ratio", "swapped", "policy-only", "sum", "clipped"] = "log-ratio"  # "clipped": at 5
+    margin: Literal["difference", "sum", "absolute", "policy"] = "difference"
+    accuracy: Literal["greater", "greater-equal", "half", "less", "logps", "positive"] = "greater"
+    logps_logged: Literal["sum", "mean", "swapped", "reference"] = "sum"
+    window_metrics: Literal["mean", "last", "sum"] = "mean"  # over the micro-batches of a step
+    loss_logged: Literal["mean", "last", "sum", "divided-twice"] = "mean"
+    uneven_metrics: Literal["micro-batches", "pairs"] = "micro-batches"
+    eval_metrics: Literal["pairs", "batches"] = "pairs"  # "batches": unweighted mean of batch means
+    eval_loss: Literal["pairs", "batches"] = "pairs"
+    eval_tail: Literal["kept", "dropped"] = "kept"  # the last, short batch
+
+    def __post_init__(self) -> None:
+        for name, allowed in values().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"no theory has {name}={getattr(self, name)!r}; known: {', '.join(map(str, allowed))}")
 
     def differs(self, other: Theory | None = None) -> dict[str, object]:
         """The fields that differ from `other`, by default from `PAPER`."""
@@ -105,23 +166,42 @@ class Theory:
         return replace(self, **changes)
 
 
+@cache
+def values() -> dict[str, tuple[str | None, ...]]:
+    """Field -> the values it may have, of every field that is a choice among words."""
+
+    def words(hint: object) -> tuple[str | None, ...]:
+        if isinstance(hint, str) or hint is None:
+            return (hint,)
+        if hint is type(None):
+            return (None,)
+        return tuple(word for part in get_args(hint) for word in words(part))
+
+    hints = get_type_hints(Theory)
+    return {name: found for name in hints if len(found := words(hints[name])) > 1}
+
+
 PAPER = Theory()
 
 # What the sources leave open: field -> the values that are all right, unless the trainer's documentation promises one.
 CONVENTIONS: dict[str, tuple[object, ...]] = {
     "eos": ("appended", "none"),
+    "template_eos": ("once", "ensured"),
     "bos": ("tokenizer", "none", "added"),
     "boundary": ("joint", "apart"),
     "truncation": ("asked", "keep_start", "keep_end", "drop"),
     "eos_cut": ("truncated", "restored"),
     "ipo_length": ("sum", "mean"),
     "gamma": ("gamma", "gamma-beta"),
+    "sft_mean": ("pair", "tokens"),
     "reduction": ("mean", "sum", "none"),
     "uneven": ("micro-batches", "pairs"),
     "incomplete_window": ("stepped", "dropped"),
     "last_batch": ("kept", "dropped"),
+    "decay": ("decoupled", "coupled", "all"),
     "first_rate": ("full", "zero"),
     "reward_scale": ("beta", "one"),
+    "reward_logps": ("loss", "sum"),
     "accuracy": ("greater", "greater-equal", "half"),
     "logps_logged": ("sum", "mean"),
     "uneven_metrics": ("micro-batches", "pairs"),

@@ -152,7 +152,7 @@ def refusals() -> Iterator[None]:
 
     try:
         yield
-    except (runner.UsageError, runner.SubjectError, KnownError, StoredError, NameRefused, files.CannotWrite) as error:
+    except (runner.UsageError, KnownError, StoredError, NameRefused, files.CannotWrite) as error:
         raise Refused(str(error)) from None
 
 
@@ -192,6 +192,7 @@ def parse_objective(text: str) -> Any:
 
     kind, *settings = (part.strip() for part in text.split(","))
     allowed = {field.name: field.type for field in dataclasses.fields(Objective) if field.name != "kind"}
+    kind = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}.get(kind, kind)
     if kind not in KINDS:
         raise Refused(f"--objective {text}: no loss is called {kind!r}{near(kind, KINDS)}; known: {', '.join(KINDS)}")
     values: dict[str, Any] = {}

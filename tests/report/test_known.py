@@ -124,7 +124,7 @@ def test_a_file_is_read_with_all_its_fields(tmp_path):
         ("[[expect]\n", "is not TOML"),
         ("[[expected]]\n", "unknown table 'expected'; allowed: [[expect]]"),
         ("expect = 3\n", "is not a list of tables"),
-        ('[[expect]]\nid="LOSS-ODD"\nversion=1\nreason="x"\nreasons="y"', "unknown field 'reasons'; did you mean reason"),
+        ('[[expect]]\nid="LOSS-ODD"\nversion=1\nreasons="y"', "unknown field 'reasons'; did you mean reason"),
         ('[[expect]]\nid="LOSS-ODD"\nversion=1', "(LOSS-ODD): lacks reason"),
         ('[[expect]]\nid="LOSS-OD"\nversion=1\nreason="x"', "no check has this id; did you mean LOSS-ODD"),
         ('[[expect]]\nid="LOSS-SHOULD"\nversion=1\nreason="x"', "version 1 is outdated, the check is at 2"),

@@ -104,7 +104,7 @@ def test_a_relation_names_only_what_differs_between_its_experiments(report):
 
 
 def test_a_step_shows_the_log_probs_its_tables_give():
-    # one token of four, logits (0, 0, 0, log 3) after token 0: log(3/6) = −0.6931; the flat reference: log(1/4) = −1.386
+    # logits (0, 0, 0, log 3) after token 0: log(3/6) = −0.6931 and log(1/6); the flat reference: log(1/4) = −1.386
     from math import log
 
     from dpocheck.experiment import Pair, StepExperiment, Table

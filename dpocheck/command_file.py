@@ -45,13 +45,13 @@ OPTIONS = {  # what a recipe can ask for beyond the plain run, and the words a r
     "linear": "a linear schedule", "cosine": "a cosine schedule", "warmup": "warm-up", "drop_last": "drop_last",
     "max_length": "truncation", "keep_end": "truncation that keeps the end", "drop": "dropping of long rows",
     "precompute_reference": "a precomputed reference", "save_every": "checkpoints", "resume_from": "resuming",
-    "evaluation": "an evaluation set", "defaults": "the trainer's own defaults",
+    "evaluation": "an evaluation set",
 }  # fmt: skip
 
 SAYS = {
-    "eos": ("appended", "none"), "bos": ("none", "tokenizer", "added"), "truncation": ("keep_start", "keep_end", "drop"),
-    "ipo": ("sum", "mean"), "reward_scale": ("beta", "one"), "reduction": ("none", "mean", "sum"),
-    "uneven_accumulation": ("pairs", "micro-batches"),
+    "eos": ("appended", "none"), "bos": ("none", "tokenizer", "added"), "ipo": ("sum", "mean"),
+    "truncation": ("keep_start", "keep_end", "drop"), "reward_scale": ("beta", "one"),
+    "reduction": ("none", "mean", "sum"), "uneven_accumulation": ("pairs", "micro-batches"),
 }  # fmt: skip
 
 _PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}")
@@ -68,7 +68,7 @@ def _choice(*values: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Rows:
-    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does with the rows."""
+    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does to the rows."""
 
     file: str
     format: str = _choice("prompt-chosen-rejected", "messages", "hh", default="prompt-chosen-rejected")
@@ -151,6 +151,7 @@ class CommandFile:
     losses: Mapping[str, str]
     path: Path = Path()
     name: str = ""
+    plain: str | None = None  # the whole command, with everything left to the trainer that it need not be told
     package: str | None = None  # the distribution whose version the report names
     python: str = ""  # "": the interpreter dpocheck runs under
     dtype: str = _choice("float32", "bfloat16", "float64", default="float32")
@@ -161,7 +162,7 @@ class CommandFile:
     log: Log | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)  # placeholder -> value
-    says: Says = Says()
+    says: Says = field(default_factory=Says)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -202,8 +203,8 @@ def _command(data: dict[str, Any], path: Path) -> CommandFile:
 
 
 _TYPES = {
-    "str": (str, "a text"), "str | None": (str, "a text"), "float": ((int, float), "a number"), "int": (int, "a number"),
-    "bool": (bool, "true or false"), "Mapping[str, str]": (dict, "a table of texts"),
+    "str": (str, "a text"), "str | None": (str, "a text"), "float": ((int, float), "a number"),
+    "int": (int, "a whole number"), "bool": (bool, "true or false"), "Mapping[str, str]": (dict, "a table of texts"),
     "tuple[float, ...]": (list, "a list of numbers"), "tuple[str, ...]": (list, "a list of texts"),
 }  # fmt: skip
 
@@ -300,7 +301,7 @@ def _meaning(file: CommandFile) -> None:
     if update.kind == "adam" and update.epsilon <= 0:
         raise CommandError(f"update.epsilon is {update.epsilon}; it must be positive: the gradient is read through it")
     if update.kind == "lora" and not (weights.lora_a and weights.lora_b):
-        raise CommandError("update.kind is 'lora', so weights.lora_a and weights.lora_b must name the adapter's tensors")
+        raise CommandError("update.kind is 'lora', so weights.lora_a and weights.lora_b must name its tensors")
     if weights.step is not None and not re.search(r"\{step[:}]", weights.step):
         raise CommandError(f"weights.step is {weights.step!r}; it must contain {{step}}")
     if "evaluation" in file.options and not file.rows.evaluation:
@@ -356,6 +357,7 @@ def _texts(file: CommandFile) -> None:
         if name in PLACEHOLDERS and not isinstance(PLACEHOLDERS[name], str | int | float):
             raise CommandError(f"defaults.{name} is a placeholder of dpocheck's own")
     _text(file.command, "command", known, split=True)
+    _text(file.plain or "", "plain", known, split=True)
     if not shlex.split(file.command):
         raise CommandError("command is empty")
     for name, text in file.losses.items():

@@ -54,7 +54,7 @@ def offline(folder: Path, shared: Path, extra: Mapping[str, str]) -> dict[str, s
     """
     cache = folder / "cache"
     kept = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
-    kept |= {name: "1" for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
+    kept |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
     kept |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1",
              "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}  # fmt: skip
     kept |= {"HF_HOME": str(cache / "huggingface"), "XDG_CACHE_HOME": str(cache), "TMPDIR": str(folder / "tmp")}

@@ -1,0 +1,284 @@
+"""How does a trainer's own command line answer an experiment?  By files alone: nothing of it is imported or patched.
+
+A checkpoint folder and a preference file go in; the folder that the trainer wrote and its log are read.  The pieces:
+`command_file` is the description, `command_asked` what can be asked, `command_run` runs the program, and
+`command_reading` turns what Adam or LoRA left into what plain SGD would have left.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpocheck import command_run
+from dpocheck.command_asked import asked, loss_texts, reasons
+from dpocheck.command_file import CommandError, CommandFile, expand, read, words
+from dpocheck.command_log import history, matches_of
+from dpocheck.command_reading import Reading, read_weights
+from dpocheck.command_run import CommandFailed
+from dpocheck.experiment import Row, TrainExperiment
+from dpocheck.probes import tables
+
+__all__ = ["CommandError", "CommandFailed", "CommandFile", "CommandSubject", "read"]
+
+Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+class CommandSubject:
+    """A trainer's command line as a subject.  Raises CommandError where its program is missing."""
+
+    form = "command line"
+    capabilities = ("train",)
+
+    def __init__(self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path) -> None:
+        self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
+        self.name, self.says, self.precision = file.name, file.says, file.dtype
+        self.digits = file.log.digits if file.log else None
+        self.places = _places(file)
+        self.forced = _fixed(file)
+        self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())
+        self.version = self._version()
+
+    def _version(self) -> str | None:
+        if self.file.package is None:
+            return None
+        if self.places["python"] == sys.executable:
+            try:
+                return importlib.metadata.version(self.file.package)
+            except importlib.metadata.PackageNotFoundError:
+                return None
+        code = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+        done = subprocess.run(
+            [self.places["python"], "-c", code, self.file.package], capture_output=True, text=True, timeout=60
+        )
+        return done.stdout.strip() or None
+
+    def supports(self, experiment: TrainExperiment) -> str | None:
+        """Why this command line cannot be asked for the experiment; None if it can."""
+        return next(reasons(self.file, experiment), None)
+
+    def answer(self, experiment: TrainExperiment, paths: dict[str, Path], folder: Path) -> Reply:
+        """Run the command on the experiment in `folder`; the reply that an adapter's `train` would have given.
+
+        `paths`: the checkpoint folders "policy" and, where one is handed over, "reference".  Runs that are answered
+        in one folder share their caches, and a run that resumes finds what the run before it wrote.
+        Raises CommandFailed when the command fails, hangs or writes nothing.
+        """
+        if (reason := self.supports(experiment)) is not None:
+            raise ValueError(f"the command line cannot be asked for this experiment: {reason}")
+        run = _Run(self, experiment, paths, Path(folder).absolute())
+        matches: list[dict[str, str]] = []
+        log = self.file.log
+        lines = None if log is None or log.file else lambda text: matches.extend(matches_of(text, log))
+        done = command_run.run(
+            run.arguments(), environment=run.environment(), folder=run.work, seconds=self.seconds,
+            memory_gb=self.memory_gb, lines=lines,
+        )  # fmt: skip
+        try:
+            return run.reply(matches)
+        except CommandFailed as error:
+            raise CommandFailed(error.reason, done.output) from None
+
+
+# ------------------------------------------------------------------------------------------------------------ program
+
+
+def _places(file: CommandFile) -> dict[str, str]:
+    """The interpreter, its folder and its environment; the command's program is looked for here, once."""
+    python = expand(file.python, {"environment": sys.prefix}) or sys.executable
+    if "/" in python:
+        python = str(Path(python).expanduser() if python[0] in "/~" else file.path.parent.absolute() / python)
+    found = shutil.which(python)
+    if found is None:
+        raise CommandError(f"{file.path.name}: python is {python!r}, which is no program; name an interpreter")
+    places = {"python": found, "bin": str(Path(found).parent), "environment": str(Path(found).parent.parent)}
+    program = words(file.command, places | dict(file.defaults))[0]
+    if shutil.which(program) is None:
+        raise CommandError(
+            f"{file.path.name}: the program of the command, {program!r}, is not there; install the trainer, or set "
+            "`python` to the interpreter of the environment that holds it"
+        )
+    return places
+
+
+def _fixed(file: CommandFile) -> dict[str, str]:
+    """The options that the command sets to values of its own: what people do not necessarily run."""
+    fixed: dict[str, str] = {}
+    text = " ".join([file.command, *(option.off for option in file.options.values())])
+    arguments, name = words(text, {}), None
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            name, _, value = argument[2:].partition("=")
+            fixed[name] = value or "true"
+        elif name:
+            fixed[name] = argument if fixed[name] == "true" else f"{fixed[name]} {argument}"
+    return {name: value for name, value in fixed.items() if "{" not in value}
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+class _Run:
+    """One run: the files written before it, its arguments, and the reading of what it left."""
+
+    def __init__(
+        self, subject: CommandSubject, experiment: TrainExperiment, paths: dict[str, Path], folder: Path
+    ) -> None:  # fmt: skip
+        self.subject, self.file, self.experiment = subject, subject.file, experiment
+        self.recipe = tables.translate(experiment.recipe, experiment.body)
+        self.reading = Reading.of(self.file, experiment.recipe, experiment.body)
+        self.folder, self.work, self.out, self.rows = folder, folder / "work", folder / "out", folder / "rows"
+        if self.out.exists() and self.recipe.resume_from is None:
+            shutil.rmtree(self.out)
+        for name in ("work", "rows", "out", "cache", "tmp"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        policy = Path(paths["policy"]).absolute()
+        self.start = tables.read_state(policy)
+        self.policy = self.reading.rescaled(policy, folder / "policy")
+        given, how = experiment.reference is not None, self.file.reference.how
+        # Resuming is needed only for a reference that differs; an option is used whenever one is handed over.
+        differs = experiment.reference != experiment.policy
+        self.hands_over = given and (how == "option" or (how == "resume" and differs))
+        self.reference = Path(paths["reference"]).absolute() if self.hands_over else self.policy
+        self.resume = folder / "resume" if self.hands_over and how == "resume" else None
+        self._write_rows()
+        if self.resume is not None:
+            shutil.rmtree(self.resume, ignore_errors=True)
+            shutil.copytree(self.policy, self.resume)
+        for name, content in self.file.files.items():
+            if "{resume}" not in name or self.resume is not None:
+                path = Path(expand(name, self.values))
+                path = path if path.is_absolute() else self.work / path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(expand(content, self.values), encoding="utf-8")
+
+    def _write_rows(self) -> None:
+        names = [self.file.rows.file, self.file.rows.also] if self.file.rows.also else [self.file.rows.file]
+        sets = [(name, self.experiment.rows) for name in names]
+        sets += [(self.file.rows.evaluation, rows) for _, rows in self.experiment.evaluation]
+        for name, rows in sets:
+            text = "".join(json.dumps(record(row, self.file.rows.format)) + "\n" for row in rows)
+            (self.rows / name).write_text(text, encoding="utf-8")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The placeholders of this run."""
+        recipe, objective = self.recipe, self.recipe.objective
+        hidden = tables.hidden_size(self.experiment.tokenizer.size, self.experiment.body)
+        values = dict(self.file.defaults) | self.subject.places | {
+            "policy": self.policy, "reference": self.reference, "rows": self.rows, "out": self.out, "work": self.work,
+            "base": self.reference if self.file.reference.how == "resume" else self.policy, "resume": self.resume,
+            "beta": float(objective.beta), "gamma": float(objective.gamma), "sft_weight": float(objective.sft_weight),
+            "smoothing": float(objective.label_smoothing), "learning_rate": self.reading.rate,
+            "batch": recipe.batch, "accumulation": recipe.accumulation, "seed": recipe.seed, "epochs": recipe.epochs,
+            "steps": recipe.steps, "max_length": recipe.max_length, "weight_decay": float(recipe.weight_decay),
+            "momentum": float(recipe.momentum), "warmup_steps": recipe.warmup_steps, "beta1": float(recipe.betas[0]),
+            "beta2": float(recipe.betas[1]), "epsilon": float(recipe.epsilon), "save_every": recipe.save_every,
+            "resume_from": recipe.resume_from, "eval_batch": recipe.eval_batch, "rank": hidden,
+            "eval_every": recipe.eval_every or recipe.steps or 1, "alpha": self.file.update.scale * hidden,
+        }  # fmt: skip
+        if recipe.steps is not None:
+            values["microsteps"] = recipe.steps * recipe.accumulation
+        if recipe.clip_norm is not None:
+            values["clip_norm"] = float(recipe.clip_norm)
+        return values
+
+    def arguments(self) -> list[str]:
+        recipe, texts = self.experiment.recipe, []
+        texts.append(self.file.plain if recipe.defaults else self.file.command)
+        texts += loss_texts(self.file, recipe.objective)
+        if self.hands_over:
+            texts.append(self.file.reference.option)
+        wanted = {*asked(recipe, evaluation=bool(self.experiment.evaluation)), "seed"}
+        for name, option in self.file.options.items():
+            if name in wanted:
+                texts.append(option.on)
+            elif not recipe.defaults:
+                texts.append(option.off)
+        return [word for text in texts for word in words(text, self.values)]
+
+    def environment(self) -> dict[str, str]:
+        extra = {name: expand(text, self.values) for name, text in self.file.environment.items()}
+        return command_run.offline(self.folder, self.subject.folder / "shared", extra)
+
+    def reply(self, matches: list[dict[str, str]]) -> Reply:
+        """What the run left, as `TrainingProbe.reply` would say it."""
+        weights = self.file.weights
+        found = self.out / weights.last
+        end, arrays = self._state(found, f"weights.last, {weights.last!r}"), {}
+        if self.experiment.body.kind == "speaking":
+            arrays |= {f"weights.{name}": end[name] - old for name, old in self.start.items() if name in end}
+        else:
+            arrays |= {"start": self.start[tables.HEAD], "head": end[tables.HEAD]}
+            for step, path in saved(self.out, weights.step):
+                if weights.counts == "microsteps":
+                    step //= self.recipe.accumulation
+                arrays[f"saved.{step}"] = self._state(path, "weights.step")[tables.HEAD]
+        moved = {
+            name: float(np.max(np.abs(end[name].astype(np.float64) - old))) if old.size else 0.0
+            for name, old in self.start.items()
+            if name in end and end[name].shape == old.shape and self.reading.watches(name)
+        }
+        evaluation = self.experiment.evaluation[0][0] if self.experiment.evaluation else None
+        fields = {
+            "history": history(self.file.log, matches, self._logged(), evaluation), "moved": moved,
+            "digest": tables.digest(end), "start_digest": tables.digest(self.start),
+        }  # fmt: skip
+        return {"fields": fields, "spies": {}}, arrays
+
+    def _state(self, path: Path, what: str) -> dict[str, np.ndarray]:
+        """The weights at `path` in the start's scale and as plain SGD would have left them."""
+        state = read_weights(path, what)
+        weights = self.file.weights
+        if weights.head in state:
+            state[tables.HEAD] = state.pop(weights.head)
+        elif self.file.update.kind != "lora":
+            known = ", ".join(sorted(state))[:300]
+            raise CommandFailed(f"wrote no tensor {weights.head!r} (weights.head) into {path.name}; it holds: {known}")
+        return self.reading.as_sgd(self.start, state, weights)
+
+    def _logged(self) -> str | None:
+        """The text of the log file of the last step."""
+        log = self.file.log
+        if log is None or log.file is None:
+            return None
+        path = self.out / log.file
+        if "{step" in log.file:
+            found = saved(self.out, log.file)
+            if not found:
+                return None
+            path = found[-1][1]
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def saved(out: Path, pattern: str | None) -> list[tuple[int, Path]]:
+    """The files that `pattern` names for any step, by step."""
+    if pattern is None:
+        return []
+    place = re.compile(r"\{step(?::[^{}]*)?\}")
+    named = re.compile(r"(\d+)".join(re.escape(part) for part in place.split(pattern)))
+    found = []
+    for path in out.glob(place.sub("*", pattern)):
+        if match := named.fullmatch(path.relative_to(out).as_posix()):
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def record(row: Row, style: str) -> dict[str, Any]:
+    """A row as the trainer's format has it."""
+    if style == "prompt-chosen-rejected":
+        return row.record()
+    if style == "hh":
+        start = f"\n\nHuman: {row.prompt}\n\nAssistant:"
+        return {"chosen": f"{start} {str(row.chosen).strip()}", "rejected": f"{start} {str(row.rejected).strip()}"}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    plain = {name: value if isinstance(value, list) else [{"role": roles[name], "content": value.strip()}]
+             for name, value in row.record().items()}  # fmt: skip
+    return {"messages": plain["prompt"] + plain["chosen"], "rejected_response": plain["rejected"][-1]["content"]}

@@ -255,7 +255,7 @@ KNOWN = '[[expect]]\nid = "LOSS-MONOTONE"\nversion = 1\nreason = "known"\n'
         (["mine", "--tier", "slow"], "'slow' is not one of 'quick', 'full'"),
         (["mine", "--timeout", "0"], "0.0 is not in the range x>0"),
         (["mine", "--seed", "x"], "'x' is not a valid integer"),
-        (["mine", "--objective", "sigmoids"], "no loss is called 'sigmoids'; did you mean sigmoid?; known: sigmoid"),
+        (["mine", "--objective", "sigmoids"], "no loss is called 'sigmoids'; did you mean sigmoid or simpo?; known: sigmoid"),
         (["mine", "--objective", "ipo,bta=1"], "cannot read 'bta=1'; did you mean beta"),
         (["mine", "--objective", "ipo,beta=x"], "beta is 'x'; it must be a number"),
         (["mine", "--objective", "ipo,beta=1,beta=2"], "beta is given twice"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,6 +67,10 @@ def replace_folder(new: Path | str, old: Path | str) -> None:
     new, old = Path(new), Path(os.path.realpath(old))
     _refuse_foreign(old)
     aside: Path | None = None
+    if _exchanged(new, old):
+        _sync_folder(old.parent)
+        shutil.rmtree(new, ignore_errors=True)
+        return
     try:
         if old.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.old.", dir=old.parent))
@@ -80,6 +86,16 @@ def replace_folder(new: Path | str, old: Path | str) -> None:
         raise _cannot_write(old, error) from error
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchanged(new: Path, old: Path) -> bool:
+    """Swap two folders in one step of the kernel, so that no moment is without a result; False where it cannot."""
+    if not (sys.platform.startswith("linux") and new.is_dir() and old.is_dir()):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(AttributeError, OSError):
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0
+    return False
 
 
 def _refuse_foreign(folder: Path) -> None:

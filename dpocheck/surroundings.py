@@ -10,7 +10,6 @@ from __future__ import annotations
 import builtins
 import fcntl
 import gc
-import importlib.util
 import os
 import random
 import signal
@@ -24,15 +23,24 @@ import numpy as np
 
 from dpocheck.watched import ABSENT, Watched, functions, moved, short, torch_globals
 
+# Bound before a subject can replace them.
+_BUILTINS = dict(vars(builtins))
+_LIVE_BUILTINS = vars(builtins)
+_ENVIRON, _PATH = os.environ, sys.path
+
 __all__ = ["Surroundings"]
 
+SEED = 27182818  # unlike any that a trainer uses, so that a trainer that seeds is seen to
 MANY = 12  # differences named per category
+HARMLESS_THREADS = ("tqdm_monitor",)  # of a progress bar; sleeps until the process ends
 
 
 class Surroundings:
     """The globals of this process.  `keep()` takes the present ones as right; `changes()` compares and restores."""
 
     def __init__(self) -> None:
+        random.seed(SEED)  # else from the system's entropy: an audit could not be repeated
+        np.random.seed(SEED)
         self._watched = _python()
         self._kept: list[tuple[Watched, Any]] = []
         self._torch_watched: list[Watched] = []
@@ -54,6 +62,21 @@ class Surroundings:
         self._kept = _values(self._watched)
         self._torch = _values(self._torch_watched)
         self._threads, self._processes = _threads(), _processes()
+
+    def seed(self, number: int) -> None:
+        """Start the random generators from a number: for two runs that must agree by the trainer's own seed alone."""
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(number)
+
+    @staticmethod
+    def restore_builtins() -> list[str]:
+        """To be called first: everything here needs `len` and the like.  Uses no builtin itself but at the end."""
+        replaced = [name for name in _BUILTINS if name != "_" and _LIVE_BUILTINS.get(name) is not _BUILTINS[name]]
+        if replaced:
+            _LIVE_BUILTINS.update(_BUILTINS)
+        return [f"patched: builtins.{name}" for name in replaced]
 
     def compare(self) -> list[str]:
         """The differences, nothing restored."""
@@ -83,10 +106,11 @@ class Surroundings:
 
     def _left_running(self) -> list[str]:
         threads, processes = _threads(), _processes()
-        names = [thread.name for thread in threading.enumerate() if thread.ident not in self._threads]
+        new = [thread for thread in threading.enumerate() if thread.ident not in self._threads]
+        names = [thread.name for thread in new if thread.name not in HARMLESS_THREADS]
         lines = [f"thread: {name!r} was left running" for name in names[:MANY]]
-        if new := len(processes - self._processes):
-            lines.append(f"process: {new} left running")
+        if more := len(processes - self._processes):
+            lines.append(f"process: {more} left running")
         self._threads, self._processes = threads, processes
         return lines
 
@@ -100,13 +124,15 @@ class _AfterImport:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.name:
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
-        spec = importlib.util.find_spec(name)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 execute(module)
+                # Only now: libraries ask for the spec many times without importing.
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
                 self.then()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -147,11 +173,16 @@ def _by_key(before: dict, after: dict) -> list[str]:
 def _python() -> list[Watched]:
     output = _Output()
     return [
+        functions("os", os),
+        functions("time", time),
+        functions("random", random),
+        functions("numpy", np),
+        functions("numpy.random", np.random),
         Watched("rng python", random.getstate, random.setstate, moved),
         Watched("rng numpy", _numpy_rng, _set_numpy_rng, moved),
-        Watched("environment", lambda: dict(os.environ), _set_environment, _by_key),
+        Watched("environment", _environment, _set_environment, _by_key),
         Watched("cwd", os.getcwd, os.chdir),
-        Watched("path", lambda: list(sys.path), lambda old: sys.path.__setitem__(slice(None), old), _by_entry),
+        Watched("path", lambda: list(sys.path), _set_path, _by_entry),
         Watched("signals", _signals, _set_signals, _by_key),
         Watched("timer", lambda: signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0), _stop_timer),
         Watched("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
@@ -160,12 +191,6 @@ def _python() -> list[Watched]:
         Watched("umask", _umask, lambda mask: os.umask(mask) and None),
         Watched("numpy errors", np.geterr, lambda old: np.seterr(**old) and None),
         Watched("output", output.read, output.restore, lambda a, b: ["stdout or stderr was closed or replaced"]),
-        functions("builtins", builtins),
-        functions("os", os),
-        functions("time", time),
-        functions("random", random),
-        functions("numpy", np),
-        functions("numpy.random", np.random),
     ]
 
 
@@ -179,7 +204,17 @@ def _set_numpy_rng(state: tuple) -> None:
     np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
 
 
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def _set_path(before: list[str]) -> None:
+    sys.path = _PATH
+    _PATH[:] = before
+
+
 def _set_environment(before: dict[str, str]) -> None:
+    os.environ = _ENVIRON  # noqa: B003
     for key in set(os.environ) - set(before):
         del os.environ[key]
     for key, value in before.items():

@@ -168,6 +168,7 @@ class Worker:
             self._opened = True
             if op == "open":
                 return answer
+            seconds += self.limits.start_seconds  # many adapters import their trainer at the first call
         return self._exchange(op, payload, arrays, seconds)
 
     def _exchange(self, op: str, payload: dict, arrays: dict | None, seconds: float) -> tuple[dict, dict]:

@@ -35,8 +35,12 @@ def moved(before: Any, after: Any) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- functions
 
 
-def functions(label: str, owner: Any) -> Watched:
-    """The functions and classes of a module or class, by identity: has one been replaced?"""
+def functions(label: str, owner: Any, home: str = "") -> Watched:
+    """The functions and classes of a module or class, by identity: has one been replaced?
+
+    A wrapper that code below the folder `home` puts around the old function is accepted: torch wraps
+    `torch.manual_seed` when its compiler is first imported.
+    """
     known = [
         name
         for name, value in vars(owner).items()
@@ -44,33 +48,47 @@ def functions(label: str, owner: Any) -> Watched:
         and (not name.startswith("_") or name.endswith("__"))
     ]
 
-    def kept() -> _Functions:
+    def read() -> _Functions:
         now = vars(owner)
-        return _Functions({name: now.get(name, ABSENT) for name in known})
+        return _Functions({name: now.get(name, ABSENT) for name in known}, home)
 
     def restore(before: _Functions) -> None:
-        for name, value in before.by_name.items():
-            if vars(owner).get(name, ABSENT) is not value and value is not ABSENT:
-                setattr(owner, name, value)
+        for name in before.differing(read()):
+            if before.by_name[name] is not ABSENT:
+                setattr(owner, name, before.by_name[name])
 
     def tell(before: _Functions, after: _Functions) -> list[str]:
-        return [f"{label}.{name}" for name, value in before.by_name.items() if after.by_name[name] is not value]
+        return [f"{label}.{name}" for name in before.differing(after)]
 
-    return Watched("patched", kept, restore, tell)
+    return Watched("patched", read, restore, tell)
 
 
 class _Functions:
     """Equal only if every name is bound to the very same object; never compares the objects themselves."""
 
-    def __init__(self, by_name: dict[str, Any]) -> None:
-        self.by_name = by_name
+    def __init__(self, by_name: dict[str, Any], home: str) -> None:
+        self.by_name, self.home = by_name, home
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Functions) and all(
-            other.by_name.get(name, ABSENT) is value for name, value in self.by_name.items()
-        )
+    def differing(self, after: _Functions) -> list[str]:
+        names = []
+        for name, old in self.by_name.items():
+            new = after.by_name[name]
+            if new is old:
+                continue
+            if self.home and _wraps(new, old) and new.__code__.co_filename.startswith(self.home):
+                self.by_name[name] = new
+            else:
+                names.append(name)
+        return names
+
+    def __eq__(self, after: object) -> bool:
+        return isinstance(after, _Functions) and not self.differing(after)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _wraps(new: Any, old: Any) -> bool:
+    return hasattr(new, "__code__") and getattr(new, "__wrapped__", None) is old
 
 
 # -------------------------------------------------------------------------------------------------------------- torch
@@ -94,7 +112,7 @@ def torch_globals(torch: Any) -> list[Watched]:
         on, set_on = torch.is_autocast_enabled, torch.set_autocast_enabled
         return Watched(f"autocast {device}", lambda: on(device), lambda old: set_on(device, old))
 
-    backends = torch.backends
+    backends, home = torch.backends, str(torch.__path__[0])
     watched = [
         Watched("default device", lambda get=torch.get_default_device: str(get()), _device_setter(torch)),
         Watched("grad mode", torch.is_grad_enabled, lambda old: set_grad(old) and None),
@@ -110,12 +128,12 @@ def torch_globals(torch: Any) -> list[Watched]:
             lambda: (backends.cudnn.deterministic, backends.cudnn.benchmark),
             lambda old: backends.cudnn.set_flags(_deterministic=old[0], _benchmark=old[1]),
         ),
-        functions("torch", torch),
-        functions("torch.Tensor", torch.Tensor),
-        functions("torch.nn.functional", torch.nn.functional),
-        functions("torch.nn.Module", torch.nn.Module),
-        functions("torch.autograd", torch.autograd),
-        functions("torch.optim.Optimizer", torch.optim.Optimizer),
+        functions("torch", torch, home),
+        functions("torch.Tensor", torch.Tensor, home),
+        functions("torch.nn.functional", torch.nn.functional, home),
+        functions("torch.nn.Module", torch.nn.Module, home),
+        functions("torch.autograd", torch.autograd, home),
+        functions("torch.optim.Optimizer", torch.optim.Optimizer, home),
     ]
     with contextlib.suppress(AttributeError):
         watched += [autocast("cpu"), autocast("cuda")]

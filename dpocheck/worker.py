@@ -99,6 +99,7 @@ class _Loop:
         self.state: dict[str, Any] = {"subject": subject, "folder": folder}
         self.handle: Callable[..., Any] | None = None
         self.frozen = len(sys.modules)
+        self.replaced: list[str] = []
         self.surroundings = Surroundings()
 
     def run(self) -> None:
@@ -121,7 +122,7 @@ class _Loop:
             reply["changes"] = [f"on import, {line}" for line in self.surroundings.compare()]
             self.surroundings.keep()
         else:
-            reply["changes"] = self.surroundings.changes()
+            reply["changes"] = self.replaced + self.surroundings.changes()
         if "error" not in reply:
             self.freeze()
         return reply, out
@@ -131,6 +132,8 @@ class _Loop:
         try:
             try:
                 _signal(signal.SIGINT, signal.default_int_handler)
+                if "rng_seed" in payload:
+                    self.surroundings.seed(int(payload["rng_seed"]))
                 if self.handle is None:
                     module, _, name = self.handler.partition(":")
                     self.handle = getattr(importlib.import_module(module), name)
@@ -138,6 +141,7 @@ class _Loop:
                 wire.encode(answer, out)  # a reply that cannot be sent is an error of this call
                 return {"payload": answer}, out
             finally:
+                self.replaced = self.surroundings.restore_builtins()
                 _signal(signal.SIGINT, signal.SIG_IGN)
         except BaseException as raised:
             self.only_here()

@@ -34,15 +34,15 @@ class BadAnswer(Exception):
 
 def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Reply:
     """Answer one request: `open` loads the subject, `observe` puts an experiment to it."""
-    if op == "open":
+    if op not in ("open", "observe"):
+        raise ValueError(f"unknown request {op!r}; known: open, observe")
+    if "adapter" not in state:  # the first request, or the first after the process died
         from dpocheck.loading import load
 
-        state["adapter"] = adapter = load(payload["subject"])
-        return describe(adapter), {}
-    if op == "observe":
-        experiment = from_plain(payload["experiment"])
-        return observe(state["adapter"], experiment, payload)
-    raise ValueError(f"unknown request {op!r}; known: open, observe")
+        state["adapter"] = load(payload["subject"])
+    if op == "open":
+        return describe(state["adapter"]), {}
+    return observe(state["adapter"], from_plain(payload["experiment"]), payload)
 
 
 def describe(adapter: Any) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def _loss(adapter: Any, experiment: LossExperiment) -> Reply:
     lengths = None
     if experiment.lengths is not None:
         lengths = tuple(torch.tensor(column) for column in zip(*experiment.lengths, strict=True))
-    out = adapter.loss(*vectors, objective=experiment.objective, lengths=lengths)
+    for _ in range(experiment.calls):
+        out = adapter.loss(*vectors, objective=experiment.objective, lengths=lengths)
     if isinstance(out, tuple) and len(out) == 3:
         out = LossOut(*out)
     elif not isinstance(out, LossOut):

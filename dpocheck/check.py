@@ -19,9 +19,13 @@ from dpocheck.adapter import Says
 from dpocheck.experiment import Experiment, LossExperiment, TrainExperiment
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.reading import entries
 from dpocheck.tolerances import bound
 
-CHAPTERS = ("rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora", "defaults")  # fmt: skip
+CHAPTERS = (
+    "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
+    "defaults",
+)  # fmt: skip
 STAGES = ("tokens", "mask", "logps", "reference", "rewards", "loss", "gradient", "step", "run", "metrics")
 LEVELS = ("must", "should", "info")
 VERDICTS = ("pass", "fail", "info", "not-applicable", "blocked", "expected-fail", "unexpected-pass", "error", "unknown")
@@ -65,13 +69,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Case:
-    """What a judge is given: the experiments of one scene, what was seen, what the oracle predicts, and how to bound."""
+    """What a judge is given: the experiments of one scene, what was seen, what the oracle predicts."""
 
     experiments: tuple[Experiment, ...]
     observed: tuple[Any, ...]
     theory: Theory = PAPER
-    says: Says = Says()
+    says: Says = field(default_factory=Says)
     precision: float = 2.0**-24
+    rivals: tuple[Theory, ...] = ()  # wrong theories that this input must tell from the paper, or it proves nothing
     predict: Callable[[Experiment, Theory], Seen] = field(default=None, repr=False)  # type: ignore[assignment]
 
     def predicted(self, index: int = 0, theory: Theory | None = None) -> Any:
@@ -84,7 +89,8 @@ class Case:
 
     def bound(self, name: str, index: int = 0) -> np.ndarray | float:
         """The largest deviation of a correct subject in the observable `name`."""
-        return bound(self.experiments[index], name, self.predicted(index), self.precision)
+        derived = bound(self.experiments[index], name, self.predicted(index), self.precision)
+        return derived + self.observed[index].floor.get(name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Check:
     why: str = ""  # why it matters
     bug: str = ""  # a real bug that it catches
     fix: str = ""
+    hears_refusals: bool = False  # the judge itself looks at `refused` and `raised`: "accepted or refused"
     says: str | None = None  # the field of `Says` that turns a convention into a promise
 
     def staged(self, theory: Theory) -> Sequence[Scene]:
@@ -138,7 +145,7 @@ def check(id: str, *, chapter: str, stage: str, level: str, needs: set[str], **d
 # ------------------------------------------------------------------------------------------------ what most judges do
 
 
-def agree(case: Case, name: str, index: int = 0, *, rivals: Sequence[Theory] = ()) -> Comparison:
+def agree(case: Case, name: str, index: int = 0) -> Comparison:
     """Observation and prediction agree in the observable `name`, number by number, within the derived bound.
 
     The power rule: where a rival theory's prediction lies within four bounds of the paper's in every number, this
@@ -150,12 +157,34 @@ def agree(case: Case, name: str, index: int = 0, *, rivals: Sequence[Theory] = (
         return Comparison("not-applicable", reason=f"{name} is not observable here")
     outcome = close(seen, paper, case.bound(name, index), label=labels(case.experiments[index], name))
     if outcome.verdict == "pass":
-        for wrong in rivals:
-            rival = getattr(case.predicted(index, wrong), name)
+        for wrong in case.rivals:
+            rival = getattr(case.predicted(index, case.theory.but(**wrong.differs())), name)
             reach = np.abs(np.asarray(rival, float) - np.asarray(paper, float))
             if not np.any(reach > 4 * np.asarray(case.bound(name, index))):
                 return replace(outcome, verdict="unknown", reason=f"this input cannot tell {wrong.differs()} apart")
     return outcome
+
+
+def logged(case: Case, name: str, *, split: str = "train", index: int = 0) -> Comparison:
+    """The values of one logged metric, step by step, agree with their definition."""
+    seen = entries(case.observed[index].history, split, name)
+    paper = entries(case.predicted(index).history, split, name)
+    if not seen or not paper:
+        return Comparison("not-applicable", reason=f"{name} of {split} is not logged")
+    if len(seen) != len(paper):
+        where = f"{name} of {split}"
+        return Comparison("unknown", reason=f"{len(seen)} entries of {where} are logged, {len(paper)} are expected")
+    limit = case.bound(f"history.{split}.{name}", index)
+    return close(seen, paper, limit, label=lambda at: f"{name} of {split}, entry {at[0] + 1}")
+
+
+def equal(case: Case, name: str, first: int = 0, second: int = 1) -> Comparison:
+    """Two runs agree in an observable, whatever the oracle says: their bounds together are the limit."""
+    left, right = (getattr(case.observed[i], name) for i in (first, second))
+    if left is None or right is None:
+        return Comparison("not-applicable", reason=f"{name} is not observable here")
+    limit = case.bound(name, first) + np.asarray(case.bound(name, second))
+    return close(right, left, limit, label=labels(case.experiments[second], name))
 
 
 def close(seen: Any, expected: Any, limit: Any, *, label: Callable[[tuple[int, ...]], str] | None = None) -> Comparison:

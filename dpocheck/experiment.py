@@ -161,7 +161,10 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class LossExperiment:
-    """Four log-probs per pair, in nats, and the objective.  `lengths`: completion tokens of (chosen, rejected)."""
+    """Four log-probs per pair, in nats, and the objective.  `lengths`: completion tokens of (chosen, rejected).
+
+    The loss is called `calls` times on the same numbers, and the last answer is looked at.
+    """
 
     policy_chosen: tuple[float, ...]
     policy_rejected: tuple[float, ...]
@@ -170,6 +173,7 @@ class LossExperiment:
     objective: Objective = Objective()
     lengths: tuple[tuple[int, int], ...] | None = None
     dtype: str = "float64"
+    calls: int = 1
 
     def arguments(self) -> np.ndarray:
         """(4, pair): policy chosen, policy rejected, reference chosen, reference rejected."""

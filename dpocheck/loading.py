@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 from dpocheck.adapter import capabilities
 
 GROUP = "dpocheck.adapters"
+CONTRACT = {"loss": {"objective"}, "sequence_logps": {"batch"}, "step": {"objective"}, "train": {"recipe"}}
 
 
 class NotLoadable(Exception):
@@ -19,53 +23,103 @@ class NotLoadable(Exception):
 
 
 def load(subject: str) -> Any:
-    """`trl` (an entry point), `zoo:NAME`, `pkg.mod:Attribute` or `path/to/file.py:Attribute`, as a ready adapter."""
+    """A ready adapter: `trl` (an entry point), `zoo:NAME`, `pkg.mod:Attribute` or `path/to/file.py:Attribute`.
+
+    `Attribute` is an adapter, a function, `Class.method`, or several functions joined by commas; a file alone is
+    searched for functions.  Raises NotLoadable, or `parameters.NotRecognised` where a function has no known form.
+    """
     if subject.startswith("zoo:"):
         from dpocheck.zoo import build
 
         return build(subject.removeprefix("zoo:"))
-    place, _, attribute = subject.partition(":")
+    place, attribute = split(subject)
     if place.endswith(".py"):
-        found = _attribute(_file(Path(place)), attribute, subject)
+        if not attribute:
+            from dpocheck.find import recognise
+
+            attribute = ",".join(candidate.name for candidate in recognise(place))
+        module = _file(Path(place))
     elif attribute:
-        found = _attribute(importlib.import_module(place), attribute, subject)
+        module = importlib.import_module(place)
     else:
-        found = _entry_point(subject)
-    adapter = found() if isinstance(found, type) else found
-    if capabilities(adapter):
-        return adapter
+        return _ready(*_entry_point(subject), subject)
+    ready = [_ready(*_attribute(module, name.strip(), place), f"{place}:{name.strip()}") for name in attribute.split(",")]
+    if len(ready) == 1:
+        return ready[0]
+    from dpocheck.functions import combine
+
+    return combine(*ready)
+
+
+def split(subject: str) -> tuple[str, str]:
+    """`path/to/file.py:name` in two; the colon of a drive letter is no separator."""
+    place, colon, attribute = subject.rpartition(":")
+    if not colon or attribute.endswith(".py"):
+        return subject, ""
+    return place, attribute
+
+
+def is_adapter(thing: Any) -> bool:
+    """Has it a method of the adapter's contract?  A module's own `train`, or a trainer's `step(batch)`, is none."""
+    for name in capabilities(thing):
+        try:
+            found = inspect.signature(getattr(thing, name)).parameters
+        except (TypeError, ValueError):
+            continue
+        if CONTRACT[name] <= set(found) or (any(p.kind == p.VAR_KEYWORD for p in found.values()) and len(found) < 3):
+            return True
+    return False
+
+
+def _ready(found: Any, owner: type | None, subject: str) -> Any:
+    if owner is None and is_adapter(found):
+        return found() if isinstance(found, type) else found
     from dpocheck.functions import as_adapter
 
-    return as_adapter(adapter, subject)
+    return as_adapter(found, subject, owner=owner)
 
 
 def _file(path: Path) -> Any:
     """Import a file under a name of its own; its folder goes last on the path, so that it shadows nothing."""
     if not path.is_file():
         raise NotLoadable(f"{path} is not a file")
-    name = f"dpocheck_subject_{path.stem}"
-    folder = str(path.parent.resolve())
+    path = path.resolve()
+    name = f"dpocheck_subject_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    folder = str(path.parent)
     if folder not in sys.path:
         sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules[name] = module
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
-def _attribute(module: Any, attribute: str, subject: str) -> Any:
-    found = module
+def _attribute(module: Any, attribute: str, place: str) -> tuple[Any, type | None]:
+    """The object of that name, and the class whose method it is."""
+    found, owner = module, None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            names = ", ".join(sorted(name for name in vars(found) if not name.startswith("_")))[:300]
-            raise NotLoadable(f"{subject}: {part!r} is not there; defined are: {names}")
-        found = getattr(found() if isinstance(found, type) and part == attribute.split(".")[-1] else found, part)
-    return found
+            names = sorted(name for name in vars(found) if not name.startswith("_"))
+            near = get_close_matches(part, names, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"defined are: {', '.join(names)[:300]}"
+            raise NotLoadable(f"{place}:{attribute}: {part!r} is not there; {hint}")
+        owner = found if isinstance(found, type) else None
+        found = getattr(found, part)
+    return found, None if isinstance(found, type) else owner
 
 
-def _entry_point(name: str) -> Any:
+def _entry_point(name: str) -> tuple[Any, None]:
     known = {point.name: point for point in entry_points(group=GROUP)}
     if name not in known:
-        raise NotLoadable(f"unknown subject {name!r}; installed adapters: {', '.join(sorted(known)) or 'none'}")
-    return known[name].load()
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        listed = ", ".join(sorted(known)) or "none"
+        raise NotLoadable(
+            f"unknown subject {name!r}{hint} Installed adapters: {listed}; or give path/to/file.py:name or pkg.mod:Adapter"
+        )
+    return known[name].load(), None

@@ -27,7 +27,10 @@ class Seen:
     refused: str | None = None
     output: str | None = None
     seconds: float | None = None
+    floor: dict[str, float] = field(default_factory=dict)  # further absolute noise of a field, from the route taken
     spies: dict[str, Any] = field(default_factory=dict)
+    died: bool = False  # the subject's process died, hung or broke its limits
+    in_adapter: bool = False  # `raised` came from the adapter's own frame, not from the trainer
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

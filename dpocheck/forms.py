@@ -1,0 +1,228 @@
+"""Which form has a function: a loss, sequence log-probs or a step?  Judged from the names of its parameters alone.
+
+The judge asks it of source text, the worker of live functions; both get the same answer.  Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dpocheck.parameters import ABBREVIATIONS, FOUR, Concept, Parameter, concept, is_batch, option, spelled
+
+EXAMPLES = {
+    "loss": "dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, "
+    "beta), dpo_loss(pi_logps, ref_logps, yw_idxs, yl_idxs, beta)",
+    "sequence_logps": "get_batch_logps(logits, labels), sequence_logps(logits, input_ids, completion_mask), "
+    "response_logprob(model, input_ids, attention_mask, response_mask)",
+    "step": "dpo_step(batch, policy, reference, optimizer), compute_loss(model, ref_model, batch, beta)",
+}
+LOSS_NAME = re.compile(r"loss|dpo|ipo|slic|hinge|simpo|preference|forward|__call__|criterion|objective", re.I)
+LOGPS_NAME = re.compile(r"log_?p|log_?prob|log_?lik|logps|likelihood", re.I)
+STEP_NAME = re.compile(r"step|loss|train|update|dpo|forward|backward|objective", re.I)
+NOT_STEP = re.compile(r"eval|valid|accura|metric|generat|sample|collate|log_|plot|save|prepare|load", re.I)
+CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A recognised function.  `roles`: parameter -> what it is given; `options`: option -> parameter.
+
+    `shape`, of a loss: four, ratios (policy's and reference's chosen minus rejected), margins (policy minus reference
+    of each completion), rows (all log-probs in one vector with two index vectors), two (no reference).
+    """
+
+    form: str
+    roles: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...] = ()
+    shape: str = ""
+    by: str = "names"
+
+    def role(self, wanted: str) -> str | None:
+        return next((name for name, role in self.roles if role == wanted), None)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a function has none of the forms."""
+
+    reason: str
+
+
+def recognise(name: str, parameters: tuple[Parameter, ...], *, asked: bool = True, owner: str = "") -> Match | Refusal:
+    """The form of the function `name`, its `self` left out.
+
+    `asked`: it was named by a person, so that its name need not say what it is.  `owner`: the class it is a method of; a step's models may then stand in its attributes.
+    """
+    usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
+    options = tuple((option(p.name), p.name) for p in usable if option(p.name))
+    rest = tuple(p for p in usable if not option(p.name))
+    told = {p.name: concept(p.name) for p in rest}
+    title = f"{owner}.{name}" if owner else name
+    for attempt in (_four, _paper, _ratios, _two, _step, _logps, _by_position):
+        match = attempt(name, rest, told, options, owner)
+        if match is None:
+            continue
+        if not asked and not _named_so(match, title):
+            return Refusal(f"looks like {match.form}, but its name does not say so; name it to have it audited")
+        missing = [p.name for p in rest if p.required and p.name not in dict(match.roles)]
+        if missing:
+            return Refusal(f"{match.form}, but for {', '.join(map(repr, missing))}: it is not known what to pass there")
+        return match
+    if any(p.kind == "star" for p in parameters):
+        return Refusal("it takes *args, so that its parameters have no names")
+    return Refusal(f"its parameters ({spelled(parameters)}) are not those of any known form")
+
+
+def _named_so(match: Match, title: str) -> bool:
+    if match.form == "loss":
+        return bool(LOSS_NAME.search(title)) and not NOT_STEP.search(title)
+    if match.form == "sequence_logps":
+        return bool(LOGPS_NAME.search(title))
+    return bool(STEP_NAME.search(title)) and not NOT_STEP.search(title)
+
+
+Told = dict[str, Concept]
+Options = tuple[tuple[str, str], ...]
+
+
+def _four(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Four log-probs, by their names in any order."""
+    names = {p.name.lower(): p.name for p in rest}
+    for letters in ABBREVIATIONS:
+        if set(letters) <= set(names):
+            roles = dict(zip((names[letter] for letter in letters), FOUR, strict=True))
+            return Match("loss", tuple(roles.items()), options, "four")
+    sided = {n: c for n, c in told.items() if c.which and c.what in ("logp", "", "side") and not c.prompt}
+    if len(sided) != 4:
+        return None
+    roles = {n: f"{c.who or 'policy'}_{c.which}" for n, c in sided.items()}
+    if set(roles.values()) != set(FOUR):
+        return None
+    return Match("loss", (*roles.items(), *_lengths(told)), options, "four")
+
+
+def _lengths(told: Told) -> tuple[tuple[str, str], ...]:
+    return tuple((n, f"{c.which}_length") for n, c in told.items() if c.what == "length" and c.which)
+
+
+def _paper(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """The form of the paper's appendix: all log-probs in one vector, and the indices of chosen and rejected."""
+    roles = {}
+    for n, c in told.items():
+        if c.what == "index" and c.which:
+            roles[n] = f"{c.which}_index"
+        elif c.what == "logp" and c.who and not c.which:
+            roles[n] = f"{c.who}_rows"
+    wanted = {"policy_rows", "reference_rows", "chosen_index", "rejected_index"}
+    return Match("loss", tuple(roles.items()), options, "rows") if set(roles.values()) == wanted else None
+
+
+def _ratios(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Two log-ratios: of chosen over rejected under each model, or of policy over reference of each completion."""
+    ratios = {n: c for n, c in told.items() if c.what == "ratio"}
+    for shape, keys in (("ratios", ("policy", "reference")), ("margins", ("chosen", "rejected"))):
+        roles = {n: f"{c.who if shape == 'ratios' else c.which}_ratio" for n, c in ratios.items()}
+        if len(ratios) == 2 and set(roles.values()) == {f"{key}_ratio" for key in keys}:
+            return Match("loss", tuple(roles.items()), options, shape)
+    return None
+
+
+def _two(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Two log-probs and no reference: SimPO."""
+    if "simpo" not in f"{owner}.{name}".lower():
+        return None
+    roles = {n: f"policy_{c.which}" for n, c in told.items() if c.which and c.what in ("logp", "")}
+    wanted = set(FOUR[:2])
+    return Match("loss", tuple(roles.items()), options, "two") if set(roles.values()) == wanted else None
+
+
+def _by_position(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Four parameters in the usual order, where their names contradict nothing."""
+    first = [p for p in rest if p.kind == "positional"][:4]
+    if len(first) < 4 or not LOSS_NAME.search(f"{owner}.{name}"):
+        return None
+    for parameter, role in zip(first, FOUR, strict=True):
+        who, which = role.split("_")
+        said = told[parameter.name]
+        if said.what in CANNOT_POSITION or is_batch(parameter.name) or said.who not in ("", who):
+            return None
+        if said.which not in ("", which):
+            return None
+    roles = [(p.name, role) for p, role in zip(first, FOUR, strict=True)]
+    further = [p for p in rest if p.kind == "positional" and p.required][4:]
+    if further and not any(key == "beta" for key, _ in options):
+        options = (*options, ("beta", further[0].name))
+        roles.append((further[0].name, "option"))
+    return Match("loss", tuple(roles), options, "four", by="position")
+
+
+def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Sequence log-probs from logits or from a model."""
+    roles: dict[str, str] = {}
+    plain: list[str] = []
+    for n, c in told.items():
+        if c.what == "model" and c.who == "policy" and "model" not in roles.values():
+            roles[n] = "model"
+        elif c.which and c.what != "logits":
+            return None
+        elif c.what in ("logits", "labels", "attention", "completion"):
+            roles.setdefault(n, c.what)
+        elif c.what == "ids" and (c.prompt or c.completion):
+            roles[n] = "prompt_ids" if c.prompt else "completion_ids"
+        elif c.what == "ids" or n.lower() in ("x", "input", "text_ids"):
+            roles[n] = "ids"
+        elif c.what == "length" or n.lower() in ("prompt_lens", "prompt_end", "response_start"):
+            roles[n] = "prompt_length"
+        elif c.what == "mask":
+            plain.append(n)
+        elif n.lower() in ("y", "labels"):
+            roles[n] = "labels"
+    given = set(roles.values())
+    if ("model" in given) == ("logits" in given) or len(roles) != len(given):
+        return None
+    for n in plain:
+        spare = "completion" if "completion" not in given and not (given >= {"labels", "ids"}) else "attention"
+        if "prompt_length" in given and "attention" not in given:
+            spare = "attention"
+        if spare in given:
+            return None
+        roles[n] = spare
+        given.add(spare)
+    tokens = given & {"labels", "ids"} or given >= {"prompt_ids", "completion_ids"}
+    which = given & {"labels", "completion", "prompt_length", "completion_ids"}
+    return Match("sequence_logps", tuple(roles.items()), options) if tokens and which else None
+
+
+def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """A step: a batch (whole, or by its tensors) and the models, which a method may hold in its attributes."""
+    roles: dict[str, str] = {}
+    for n, c in told.items():
+        if is_batch(n):
+            roles[n] = "batch"
+        elif c.what == "model" and not c.which:
+            roles[n] = c.who
+        elif c.what == "optimizer":
+            roles[n] = "optimizer"
+        elif _is_tensor(c):
+            roles[n] = "key"
+    given = list(roles.values())
+    if any(given.count(once) > 1 for once in ("batch", "policy", "reference", "optimizer")):
+        return None
+    if "batch" not in given:
+        tensors = [told[n] for n, role in roles.items() if role == "key"]
+        sides = {c.which for c in tensors if c.what in ("ids", "side")}
+        if sides != {"chosen", "rejected"}:
+            return None
+    if "policy" not in given and not owner:
+        return None
+    if "policy" in given and "reference" not in given and "optimizer" not in given and not STEP_NAME.search(name):
+        return None
+    return Match("step", tuple(roles.items()), options)
+
+
+def _is_tensor(said: Concept) -> bool:
+    """Is a parameter of this name one of the tensors of a batch?"""
+    if said.which:
+        return said.what not in ("reward", "ratio", "index", "logits", "optimizer")
+    return said.prompt and said.what in ("ids", "length", "attention", "mask")

@@ -1,0 +1,70 @@
+"""How is a subject found by name, or taken as it is?"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from dpocheck.subject import Broken, InFiles, InProcess, InWorker, Refused, Subject
+
+
+class UsageError(Exception):
+    """What was asked for cannot be run; the message says what was given, what is allowed and what to do."""
+
+
+def open_subject(subject: Any, folder: Path, *, timeout: float = 120.0, memory: float = 8.0) -> Subject:
+    """A live object, an entry point's name, `pkg.mod:Attribute`, `file.py:name`, `file.toml` or `zoo:NAME`."""
+    if not isinstance(subject, str | Path):
+        return Subject(type(subject).__name__, InProcess(_adapted(subject)), folder)
+    name = str(subject)
+    if name.endswith(".toml"):
+        return Subject(name, InFiles(_command(Path(name), folder, timeout, memory)), folder)
+    _exists(name)
+    try:
+        transport = InWorker(name, folder / "worker", seconds=timeout, memory_gb=memory, python=None)
+    except (Broken, Refused) as fault:
+        tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
+        raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault
+    return Subject(name, transport, folder)
+
+
+def _adapted(subject: Any) -> Any:
+    from dpocheck.adapter import capabilities
+
+    if isinstance(subject, type):
+        subject = subject()
+    if capabilities(subject):
+        return subject
+    from dpocheck.functions import as_adapter
+
+    return as_adapter(subject, getattr(subject, "__name__", "a live object"))
+
+
+def _command(path: Path, folder: Path, timeout: float, memory: float) -> Any:
+    from dpocheck.command import CommandSubject
+    from dpocheck.command_file import CommandError, read
+
+    try:
+        return CommandSubject(read(path), limits_seconds=timeout, memory_gb=memory, folder=folder)
+    except CommandError as fault:
+        raise UsageError(str(fault)) from fault
+
+
+def _exists(name: str) -> None:
+    """Refuse, before a worker starts, what can be seen to be wrong without importing anything."""
+    place, _, attribute = name.partition(":")
+    if place == "zoo":
+        return
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UsageError(f"{place} is not a file; give the path of a Python file, such as train.py:dpo_loss")
+        return
+    if attribute or "." in place:
+        return
+    known = sorted(point.name for point in entry_points(group="dpocheck.adapters"))
+    if name not in known:
+        raise UsageError(
+            f"unknown subject {name!r}; installed adapters: {', '.join(known) or 'none'}; "
+            "or give a file (train.py:dpo_loss), a module (pkg.mod:Adapter) or a command (trainer.toml)"
+        )

@@ -1,0 +1,145 @@
+"""Which checks run, in which order, and what do they say?  Chooses, orders and runs; prints nothing."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
+from dpocheck import conventions, diagnose, identify, smoke
+from dpocheck.check import CHAPTERS, CHECKS, STAGES, Check
+from dpocheck.experiment import Experiment, Objective
+from dpocheck.observation import Seen
+from dpocheck.open import UsageError, open_subject
+from dpocheck.oracle import predict
+from dpocheck.oracle.theory import Theory
+from dpocheck.result import Header, Report, Result
+from dpocheck.session import Session
+from dpocheck.subject import Subject
+
+__all__ = ["Options", "Progress", "UsageError", "planned", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line, the pytest plugin and `audit()` ask for."""
+
+    subject: Any
+    tier: str = "quick"
+    only: tuple[str, ...] = ()
+    seed: int = 0
+    jobs: int = 1
+    objective: Objective | None = None
+    tokenizer: str | None = None
+    timeout: float = 120.0
+    memory: float = 8.0
+    shrink: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    done: int
+    total: int
+    label: str
+
+
+def run(options: Options, progress: Callable[[Progress], None] | None = None) -> Report:
+    """Audit one subject.  Raises `UsageError` before a worker starts."""
+    started = time.perf_counter()
+    selected = select(options)
+    tell = progress or (lambda _: None)
+    tell(Progress(0, len(selected), "starting the worker"))
+    with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
+        subject = open_subject(options.subject, Path(folder), timeout=options.timeout, memory=options.memory)
+        try:
+            return _audit(subject, selected, options, tell, started)
+        finally:
+            subject.close()
+
+
+def _audit(
+    subject: Subject, selected: list[Check], options: Options, tell: Callable[[Progress], None], started: float
+) -> Report:
+    tell(Progress(0, len(selected), "smoke"))
+    trouble = smoke.test(subject)
+    if trouble:
+        return Report(
+            header=header(subject, options), results=(), smoke=trouble, seconds=time.perf_counter() - started
+        )
+    results: list[Result] = []
+    if not options.only:
+        tell(Progress(0, len(selected), "conventions"))
+        results += conventions.resolve(subject, cached_predict)
+    elif subject.capabilities:
+        conventions.resolve(subject, cached_predict)
+    session = Session(subject, cached_predict, tier=options.tier, blocking=not options.only)
+    for number, check in enumerate(selected):
+        tell(Progress(number, len(selected), check.id))
+        results.append(session.result(check))
+    results = [diagnose.named(result, subject, cached_predict) for result in results]
+    equation = identify.equation(subject, cached_predict)
+    return Report(
+        header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,
+        equation_residual=equation.residual, seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def select(options: Options) -> list[Check]:
+    """The checks to run, in the order of the stages.  Raises UsageError on an unknown id."""
+    if unknown := [name for name in options.only if name not in CHECKS]:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0].upper(), CHECKS, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `dpocheck list` shows all"
+        raise UsageError(f"unknown check {unknown[0]!r}{hint}")
+    wanted = [CHECKS[name] for name in options.only] or [
+        check for check in CHECKS.values() if options.tier == "full" or check.tier == "quick"
+    ]
+    return sorted(wanted, key=lambda check: (STAGES.index(check.stage), CHAPTERS.index(check.chapter)))
+
+
+def planned(options: Options) -> list[tuple[Check, str | None]]:
+    """The checks that an audit would run; nothing is started."""
+    return [(check, None) for check in select(options)]
+
+
+@lru_cache(maxsize=4096)
+def cached_predict(experiment: Experiment, theory: Theory) -> Seen:
+    """The oracle's prediction, remembered: experiments and theories are plain data."""
+    return predict(experiment, theory)
+
+
+def header(subject: Subject, options: Options) -> Header:
+    about = subject.transport.about
+    seen = [unit for unit in subject.precisions.values() if unit]
+    return Header(
+        suite=version("dpocheck"), subject=str(options.subject), name=str(about.get("name") or subject.name),
+        subject_version=about.get("version"), route=", ".join(subject.capabilities),
+        forced=about.get("forced") or {}, isolation=subject.transport.isolation,
+        precision=max(seen) if seen else None, seed=options.seed, tier=options.tier,
+        platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        versions=about.get("versions") or {}, adapter_lines=about.get("lines"), stubs=tuple(about.get("stubs") or ()),
+        blind=blind_spots(subject),
+    )  # fmt: skip
+
+
+def blind_spots(subject: Subject) -> tuple[str, ...]:
+    """What this route cannot see, in words."""
+    found = []
+    if "train" not in subject.capabilities:
+        found.append("rows, tokens, the optimizer, accumulation, metrics and runs: the subject has no `train`")
+    if "loss" not in subject.capabilities:
+        found.append("the loss in other dtypes, and derivatives with respect to the reference")
+    if "sequence_logps" not in subject.capabilities and "step" not in subject.capabilities:
+        found.append("left padding and masks of the caller's making")
+    if subject.transport.about.get("form") == "command line":
+        found.append("what the live models went through (grad mode, dropout drawn): only files are seen")
+    return tuple(found)

@@ -1,0 +1,138 @@
+"""How does one check come to its verdict?  Its scenes are observed, judged, and the worst outcome is reported."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dpocheck.check import STAGES, Case, Check, Comparison, Scene
+from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
+from dpocheck.observation import Seen
+from dpocheck.oracle.theory import Theory
+from dpocheck.result import Result
+from dpocheck.subject import Subject
+
+KIND = {
+    LossExperiment: "loss", LogpExperiment: "logps", StepExperiment: "step", TrainExperiment: "train",
+    Sequence: "sequence",
+}  # fmt: skip
+ORDER = ("fail", "error", "unknown", "info", "pass", "blocked", "not-applicable")
+Predict = Callable[[Experiment, Theory], Seen]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One scene's judgement, and what a report needs to know about how it came about."""
+
+    comparison: Comparison
+    scene: Scene
+    via: str | None = None
+    output: str | None = None
+    blocked_by: str | None = None
+
+
+class Session:
+    """The checks of one audit, one after the other, and what blocks what.
+
+    The first stage at which a `must` check fails blocks later stages of the same scene family, so that one bug gives
+    one failure.  `blocking=False` for single checks and for the kill matrix.
+    """
+
+    def __init__(self, subject: Subject, predict: Predict, *, tier: str = "quick", blocking: bool = True) -> None:
+        self.subject, self.predict, self.tier, self.blocking = subject, predict, tier, blocking
+        self.failed: dict[str, tuple[str, int]] = {}
+
+    def result(self, check: Check) -> Result:
+        began = time.perf_counter()
+        outcomes = [
+            self.outcome(check, scene)
+            for scene in check.staged(self.subject.theory)
+            if self.tier == "full" or scene.tier == "quick"
+        ]
+        told = min(outcomes, key=_severity) if outcomes else Outcome(
+            Comparison("not-applicable", reason="no scene for this subject"), Scene("none", ())
+        )  # fmt: skip
+        if told.comparison.verdict == "fail" and check.level == "must":
+            self.failed.setdefault(told.scene.family, (check.id, STAGES.index(check.stage)))
+        return report(check, told, time.perf_counter() - began)
+
+    def outcome(self, check: Check, scene: Scene) -> Outcome:
+        """Observe one scene and judge it."""
+        blocker = self.failed.get(scene.family)
+        if self.blocking and blocker and blocker[1] < STAGES.index(check.stage):
+            reason = f"{blocker[0]} failed at an earlier stage"
+            return Outcome(Comparison("blocked", reason=reason), scene, blocked_by=blocker[0])
+        observed = []
+        for experiment in scene.experiments:
+            seen = self.subject.observe(experiment)
+            observed.append(seen)
+            if not check.hears_refusals and (seen.refused or seen.raised):
+                return Outcome(_trouble(seen), scene, seen.via, seen.output)
+        if missing := _missing(check, scene, observed):
+            return Outcome(Comparison("not-applicable", reason=f"{missing} is not observable here"), scene)
+        case = Case(
+            scene.experiments, tuple(observed), self.subject.theory, self.subject.says,
+            max(self.subject.precision(experiment) for experiment in scene.experiments),
+            check.rivals, self.predict,
+        )  # fmt: skip
+        try:
+            comparison = check.judge(case)
+        except Exception:
+            comparison = Comparison("unknown", reason="the check itself broke: " + traceback.format_exc(limit=-2))
+        output = next((seen.output for seen in observed if seen.output), None)
+        return Outcome(comparison, scene, observed[0].via, output)
+
+
+def _severity(outcome: Outcome) -> tuple[int, float]:
+    comparison = outcome.comparison
+    ratio = comparison.error / comparison.bound if comparison.error and comparison.bound else 0.0
+    return ORDER.index(comparison.verdict), -ratio
+
+
+def _trouble(seen: Seen) -> Comparison:
+    """A refusal makes a check not-applicable; an error on legitimate input is the trainer's, or its adapter's."""
+    if seen.refused:
+        return Comparison("not-applicable", reason=seen.refused)
+    if seen.died or seen.in_adapter:
+        return Comparison("error", reason=seen.raised or "")
+    reason = f"raised on legitimate input: {seen.raised}"
+    return Comparison("fail", reason=reason, observed=seen.raised, expected="an answer")
+
+
+def _missing(check: Check, scene: Scene, observed: list[Any]) -> str | None:
+    for need in sorted(check.needs):
+        kind, _, name = need.partition(".")
+        for experiment, seen in zip(scene.experiments, observed, strict=True):
+            parts = seen.runs if isinstance(experiment, Sequence) else (seen,)
+            wanted = kind == KIND[type(experiment)] or (kind == "train" and isinstance(experiment, Sequence))
+            if wanted and not (seen.refused or seen.raised) and any(_absent(part, name) for part in parts):
+                return need
+    return None
+
+
+def _absent(seen: Any, name: str) -> bool:
+    """A dotted name reaches into the metrics of the history ("history.logps/chosen") or the spies."""
+    field, _, inner = name.partition(".")
+    value = getattr(seen, field, None)
+    if value is None or (isinstance(value, tuple | dict) and not value):
+        return True
+    if field == "history" and inner:
+        return not any(inner in entry["metrics"] for entry in value)
+    return bool(inner) and inner not in value
+
+
+def report(check: Check, outcome: Outcome, seconds: float) -> Result:
+    comparison, verdict = outcome.comparison, outcome.comparison.verdict
+    if check.level == "info" and verdict in ("pass", "fail"):
+        verdict = "info"
+    return Result(
+        id=check.id, version=check.version, level=check.level, tier=check.tier, chapter=check.chapter,
+        stage=check.stage, verdict=verdict, reason=comparison.reason, claim=check.claim, source=check.source,
+        via=outcome.via, observed=comparison.observed, expected=comparison.expected, error=comparison.error,
+        bound=comparison.bound, where=comparison.where, blocked_by=outcome.blocked_by,
+        convention=comparison.convention, output=outcome.output, seconds=seconds, family=outcome.scene.family,
+        scene=outcome.scene.name, experiments=outcome.scene.experiments,
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""What does the source text of a function say about how it wants to be called?  `ast` only; nothing is imported.
+
+Followed are the functions of the same file that it calls, and the methods of its own class.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dpocheck.parameters import Parameter
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a function and what it calls in its own file."""
+
+    strings: frozenset[str] = frozenset()  # string constants, the docstrings left out
+    attributes: frozenset[str] = frozenset()  # read from `self`
+    globals: frozenset[str] = frozenset()  # names of the file's own constants that it reads
+    fields: frozenset[str] = frozenset()  # attributes read from anything
+    numbers: tuple[float, ...] = ()  # literals that may be a fixed beta, of the function alone
+    calls: frozenset[str] = frozenset()  # last names of what is called
+    attention_keys: frozenset[str] = frozenset()  # keys and names handed on as `attention_mask=`
+    shifts: bool = False  # moves logits or labels by one itself
+    callers_shift: bool = False  # those who call it hand over moved tensors
+    ignores: bool = False  # knows the label -100
+    unpacks: bool = False  # takes a model's output apart as a tuple
+    nested: bool = False  # batch["chosen"]["input_ids"]
+    known: bool = field(default=True)  # False: there is no source to read
+
+
+NOTHING = Facts(known=False)
+
+
+def parameters(node: Function) -> tuple[Parameter, ...]:
+    """The parameters of a definition, in order, defaults where they are literals."""
+    given = node.args
+    positional = [*given.posonlyargs, *given.args]
+    optional = len(positional) - len(given.defaults)
+    found = [
+        Parameter(arg.arg, "positional", i < optional, None if i < optional else _literal(given.defaults[i - optional]))
+        for i, arg in enumerate(positional)
+    ]
+    if given.vararg:
+        found.append(Parameter(given.vararg.arg, "star", False))
+    for arg, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        found.append(Parameter(arg.arg, "keyword", default is None, None if default is None else _literal(default)))
+    if given.kwarg:
+        found.append(Parameter(given.kwarg.arg, "stars", False))
+    return tuple(found)
+
+
+def _literal(node: ast.expr) -> object:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError):
+        return None
+
+
+def is_generator(node: Function) -> bool:
+    """Does it yield, itself?"""
+    return any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in _own(node))
+
+
+def _own(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes inside, but not inside functions defined within."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _own(child)
+
+
+def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -> Facts:
+    """The facts of the function `node` of the file `tree`; `owner` is the class it is a method of."""
+    reached = _reached(tree, node, owner)
+    inside = [inner for function in reached for inner in ast.walk(function) if not _is_docstring(function, inner)]
+    name = getattr(node, "name", "")
+    return Facts(
+        strings=frozenset(n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)),
+        attributes=frozenset(n.attr for n in inside if isinstance(n, ast.Attribute) and _is_name(n.value, "self")),
+        globals=_constants(tree) & frozenset(n.id for n in inside if isinstance(n, ast.Name)),
+        fields=frozenset(n.attr for n in inside if isinstance(n, ast.Attribute)),
+        numbers=_numbers(node),
+        calls=frozenset(_last(n.func) for n in inside if isinstance(n, ast.Call)),
+        attention_keys=frozenset(k for n in inside if isinstance(n, ast.Call) for k in _attention(n, reached)),
+        shifts=any(_moves(n) for n in inside),
+        callers_shift=bool(name) and _callers_move(tree, name),
+        ignores=any(isinstance(n, ast.Constant) and n.value == 100 and not isinstance(n.value, bool) for n in inside)
+        or any("ignore" in word.lower() for word in _names(inside)),
+        unpacks=any(_unpacks(n) for n in inside),
+        nested=any(_nests(n) for n in inside),
+    )
+
+
+def _reached(tree: ast.Module, node: Function, owner: ast.ClassDef | None) -> list[Function]:
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)} if owner else {}
+    found, todo = [node], [node]
+    while todo:
+        for inner in ast.walk(todo.pop()):
+            called = None
+            if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name):
+                called = functions.get(inner.func.id)
+            elif isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
+                called = methods.get(inner.func.attr) if _is_name(inner.func.value, "self") else None
+            if called is not None and called not in found:
+                found.append(called)
+                todo.append(called)
+    return found
+
+
+def _constants(tree: ast.Module) -> frozenset[str]:
+    return frozenset(t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name))
+
+
+def _is_docstring(function: Function, node: ast.AST) -> bool:
+    body = getattr(function, "body", None)
+    first = body[0] if isinstance(body, list) and body else None
+    return isinstance(first, ast.Expr) and first.value is node
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _names(nodes: list[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+
+
+def _last(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _numbers(node: Function) -> tuple[float, ...]:
+    """Float literals that can be a temperature: clamps, halves, ones and defaults are none."""
+    body = node.body if isinstance(node.body, list) else [node.body]
+    found = []
+    for statement in body:
+        for inner in ast.walk(statement):
+            if isinstance(inner, ast.Constant) and type(inner.value) is float and 1e-3 < inner.value <= 10:
+                found.append(inner.value)
+    return tuple(number for number in dict.fromkeys(found) if number not in (1.0, 2.0))
+
+
+def _one(node: ast.AST | None, value: int) -> bool:
+    return node is not None and _literal(node) == value  # type: ignore[arg-type]
+
+
+def _moves(node: ast.AST) -> bool:
+    """A slice that drops the first or the last position, or a roll."""
+    if isinstance(node, ast.Slice):
+        return (_one(node.upper, -1) and node.lower is None) or (_one(node.lower, 1) and node.upper is None)
+    return isinstance(node, ast.Call) and _last(node.func) == "roll"
+
+
+def _callers_move(tree: ast.Module, name: str) -> bool:
+    moved = {
+        target.id
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Assign) and any(_moves(inner) for inner in ast.walk(n.value))
+        for target in n.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _last(node.func) == name:
+            for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
+                inner = list(ast.walk(argument))
+                if any(_moves(n) for n in inner) or any(isinstance(n, ast.Name) and n.id in moved for n in inner):
+                    return True
+    return False
+
+
+def _attention(call: ast.Call, reached: list[Function]) -> Iterator[str]:
+    """Keys and names that reach a model as its attention mask, directly or through a function of the file."""
+    for keyword in call.keywords:
+        if keyword.arg == "attention_mask":
+            yield from _handed(keyword.value)
+    helper = next((f for f in reached if getattr(f, "name", None) == _last(call.func)), None)
+    if helper is None:
+        return
+    names = [arg.arg for arg in (*helper.args.posonlyargs, *helper.args.args) if arg.arg != "self"]
+    passed = {
+        key
+        for inner in ast.walk(helper)
+        if isinstance(inner, ast.Call)
+        for keyword in inner.keywords
+        if keyword.arg == "attention_mask"
+        for key in _handed(keyword.value)
+    }
+    for name, value in (*zip(names, call.args, strict=False), *((k.arg, k.value) for k in call.keywords)):
+        if name in passed:
+            yield from _handed(value)
+
+
+def _handed(node: ast.expr) -> Iterator[str]:
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Subscript) and isinstance(inner.slice, ast.Constant):
+            yield str(inner.slice.value)
+        elif isinstance(inner, ast.Name):
+            yield inner.id
+
+
+def _unpacks(node: ast.AST) -> bool:
+    """`logits, _ = model(x)`"""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+        return False
+    called = _last(node.value.func).lower() if isinstance(node.targets[0], ast.Tuple) else ""
+    return called in ("model", "policy", "policy_model", "lm", "net")
+
+
+def _nests(node: ast.AST) -> bool:
+    """`batch["chosen"]["input_ids"]` or `**batch["chosen"]`"""
+    inner = node.value if isinstance(node, ast.Subscript) else None
+    if isinstance(node, ast.keyword) and node.arg is None:
+        inner = node
+        node = node.value
+        return isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+    return (
+        isinstance(inner, ast.Subscript)
+        and isinstance(inner.slice, ast.Constant)
+        and isinstance(inner.slice.value, str)
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
+    )

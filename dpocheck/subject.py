@@ -1,0 +1,276 @@
+"""How is an experiment put to a subject?  Finds it by name, keeps its worker, derives, remembers.
+
+Three transports answer alike, `(payload, arrays)`: a worker process (an adapter or a function given by name), a
+command line, and this process (a live object: `isolation: none`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpocheck import derive, reading
+from dpocheck.adapter import Says
+from dpocheck.experiment import (
+    Experiment,
+    LogpExperiment,
+    LossExperiment,
+    Sequence,
+    StepExperiment,
+    Table,
+    TrainExperiment,
+    key,
+    to_plain,
+)
+from dpocheck.observation import Seen, SequenceSeen
+from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.probes import tables
+from dpocheck.probes.tokenizers import plain_words
+
+Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+class Refused(Exception):
+    """The subject said `Unsupported`."""
+
+
+class Broken(Exception):
+    """The subject raised, died or hung.  `in_adapter`: in the adapter's own frame; `died`: its process is gone."""
+
+    def __init__(self, reason: str, output: str = "", *, in_adapter: bool = False, died: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.output, self.in_adapter, self.died = reason, output, in_adapter, died
+
+
+class Transport(Protocol):
+    """Where a subject lives.  `answer` raises `Refused` or `Broken`."""
+
+    about: dict[str, Any]
+    isolation: str
+
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply: ...
+
+    def close(self) -> None: ...
+
+
+class Subject:
+    """One trainer under audit."""
+
+    def __init__(self, name: str, transport: Transport, folder: Path) -> None:
+        self.name, self.transport, self.folder = name, transport, folder
+        about = transport.about
+        self.capabilities: tuple[str, ...] = tuple(about["capabilities"])
+        self.says = about["says"] if isinstance(about["says"], Says) else _says(about["says"])
+        self.theory: Theory = PAPER  # with the conventions found so far
+        self.precisions: dict[type, float] = {}
+        self.memory: dict[str, Seen] = {}
+        self.calls = 0
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def precision(self, experiment: Experiment) -> float:
+        """The unit roundoff of the subject's arithmetic on this experiment: the dtype asked for, or coarser."""
+        kind = type(experiment)
+        if isinstance(experiment, Sequence):
+            return self.precision(experiment.runs[0])
+        asked = experiment.recipe.dtype if isinstance(experiment, TrainExperiment) else experiment.dtype
+        if isinstance(experiment, LossExperiment) and "loss" not in self.capabilities:
+            asked = "float32"
+        return max(UNIT[asked], self.precisions.get(kind, 0.0))
+
+    def observe(self, experiment: Experiment) -> Seen:
+        """What the subject shows of an experiment; remembered, except for sequences."""
+        if isinstance(experiment, Sequence):
+            return self._sequence(experiment)
+        name = key(experiment) + (self.theory.eos if "train" in self.capabilities else "")
+        if name not in self.memory:
+            self.memory[name] = self._observe(experiment)
+        return self.memory[name]
+
+    def _observe(self, experiment: Experiment) -> Seen:
+        if derive.CAPABILITY[type(experiment)] in self.capabilities:
+            return self._native(experiment, self.folder / key(experiment)[:16], None)
+        plan = derive.plan(experiment, self.capabilities, self.theory)
+        if isinstance(plan, str):
+            return reading.empty(experiment, via="derived", refused=plan)
+        answers = tuple(self.observe(coarse) for coarse in plan.experiments)
+        for answer in answers:
+            if answer.raised or answer.refused:
+                told = {"raised": answer.raised, "refused": answer.refused, "output": answer.output}
+                return reading.empty(
+                    experiment, via="derived", died=answer.died, in_adapter=answer.in_adapter, **told
+                )
+        return plan.read(answers)
+
+    def _sequence(self, experiment: Sequence) -> SequenceSeen:
+        if "train" not in self.capabilities:
+            return SequenceSeen(refused="the subject has no `train`")
+        folder = self.folder / f"{key(experiment)[:16]}-{self.calls}"
+        runs: list[Any] = []
+        for number, run in enumerate(experiment.runs):
+            runs.append(self._native(run, folder / f"run{number}", folder / "shared"))
+            if runs[-1].raised or runs[-1].refused:
+                last = runs[-1]
+                return SequenceSeen(
+                    runs=tuple(runs), raised=last.raised, refused=last.refused, output=last.output, died=last.died,
+                    in_adapter=last.in_adapter,
+                )  # fmt: skip
+        return SequenceSeen(runs=tuple(runs), via=runs[-1].via)
+
+    def _native(self, experiment: Experiment, folder: Path, shared: Path | None) -> Seen:
+        self.calls += 1
+        started = time.perf_counter()
+        via = "files" if self.transport.about.get("form") == "command line" else "native"
+        paths = checkpoints(experiment, folder)
+        try:
+            payload, arrays = self.transport.answer(experiment, paths, shared or folder / "run")
+            return replace(
+                reading.seen(experiment, payload, arrays, via), seconds=time.perf_counter() - started
+            )
+        except Refused as refusal:
+            return reading.empty(experiment, via=via, refused=str(refusal) or "refused without a reason")
+        except Broken as fault:
+            return reading.empty(
+                experiment, via=via, raised=fault.reason, output=fault.output, in_adapter=fault.in_adapter,
+                died=fault.died,
+            )  # fmt: skip
+        finally:
+            if shared is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoints(experiment: Experiment, folder: Path) -> dict[str, Path]:
+    """Write the checkpoint folders that an experiment needs."""
+    if isinstance(experiment, LossExperiment):
+        return {}
+    paths = {"policy": folder / "policy"}
+    if isinstance(experiment, TrainExperiment):
+        disk: Table | None = experiment.edited if experiment.edited is not None else experiment.policy
+        tokenizer, dtype, body = experiment.tokenizer, experiment.recipe.dtype, experiment.body
+        tables.write_checkpoint(paths["policy"], disk, tokenizer, body, dtype)
+        if experiment.reference is not None:
+            paths["reference"] = folder / "reference"
+            tables.write_checkpoint(paths["reference"], experiment.reference, tokenizer, body, dtype)
+        return paths
+    if isinstance(experiment, LogpExperiment):
+        words = plain_words(experiment.table.size)
+        tables.write_checkpoint(paths["policy"], experiment.table, words, experiment.body, experiment.dtype)
+        return paths
+    assert isinstance(experiment, StepExperiment)
+    words = plain_words(experiment.policy.size)
+    paths["reference"] = folder / "reference"
+    tables.write_checkpoint(paths["policy"], experiment.policy, words, experiment.body, experiment.dtype)
+    tables.write_checkpoint(paths["reference"], experiment.reference, words, experiment.body, experiment.dtype)
+    return paths
+
+
+def _says(data: dict[str, Any]) -> Says:
+    return Says(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
+def request(experiment: Experiment, paths: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """The payload of an `observe` request."""
+    named = {name: str(path) for name, path in paths.items()}
+    return {"experiment": to_plain(experiment), "folder": str(folder)} | named
+
+
+# --------------------------------------------------------------------------------------------------------- transports
+
+
+class InProcess:
+    """A live object, audited in this process: what it does to this process it does to the audit."""
+
+    isolation = "none"
+
+    def __init__(self, adapter: Any) -> None:
+        from dpocheck import answer
+
+        self.handle: Callable[..., Reply] = answer.handle
+        self.state = {"adapter": adapter}
+        self.about = answer.describe(adapter)
+
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
+        from dpocheck.adapter import Unsupported
+
+        payload = json.loads(json.dumps(request(experiment, paths, folder)))
+        try:
+            return self.handle("observe", payload, {}, self.state)
+        except Unsupported as refusal:
+            raise Refused(str(refusal)) from refusal
+        except Exception as fault:
+            raise Broken(f"{type(fault).__name__}: {fault}") from fault
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class InWorker:
+    """A subject given by name, in a process of its own."""
+
+    isolation = "process"
+
+    def __init__(self, subject: str, folder: Path, *, seconds: float, memory_gb: float, python: str | None) -> None:
+        import sys
+
+        from dpocheck import transport
+
+        self.module = transport
+        limits = transport.Limits(seconds=seconds, memory_gb=memory_gb)
+        self.worker = transport.Worker(subject, python=python or sys.executable, limits=limits, folder=folder)
+        self.subject = subject
+        self.about = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        return self._call("open", {"subject": self.subject})[0]
+
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
+        return self._call("observe", {"subject": self.subject} | request(experiment, paths, folder))
+
+    def _call(self, op: str, payload: dict[str, Any]) -> Reply:
+        try:
+            return self.worker.call(op, payload)
+        except self.module.WorkerDied as death:
+            raise Broken(str(death), death.output, died=True) from death
+        except self.module.SubjectError as fault:
+            if fault.kind == "Unsupported":
+                raise Refused(fault.message) from fault
+            raise Broken(str(fault), fault.output, in_adapter=fault.in_adapter) from fault
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+class InFiles:
+    """A command line: only files go in and come out."""
+
+    isolation = "process"
+
+    def __init__(self, subject: Any) -> None:
+        self.subject = subject
+        self.about = {
+            "capabilities": subject.capabilities, "says": subject.says, "name": subject.name, "form": "command line",
+            "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
+        }  # fmt: skip
+
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
+        from dpocheck.command import CommandFailed
+
+        assert isinstance(experiment, TrainExperiment)
+        if reason := self.subject.supports(experiment):
+            raise Refused(reason)
+        try:
+            return self.subject.answer(experiment, paths, folder)
+        except CommandFailed as fault:
+            raise Broken(fault.reason, fault.output) from fault
+
+    def close(self) -> None:
+        """Every run has ended by itself."""

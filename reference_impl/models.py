@@ -225,14 +225,17 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def _checkpointing_on(policy: Policy) -> None:
     base = unwrapped(policy.model)
-    if base.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         return
+    # transformers renamed these; the old names warn on each call.
+    new = hasattr(base, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
     try:
         # Not reentrant: the reentrant kind gives no gradient at all where only an adapter is trained.
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(base, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     except ValueError as error:
         raise ConfigError(f"gradient_checkpointing: {_first_line(error)}") from error
-    policy.undo.append(base.gradient_checkpointing_disable)
+    policy.undo.append(getattr(base, f"{name}_disable"))
 
 
 def _restore_modes(modes: dict[nn.Module, bool]) -> None:

@@ -172,7 +172,8 @@ def solve_counts(counts: np.ndarray, beta: float, tolerance: float = 1e-14) -> C
     u = np.zeros(len(counts))
     if not counts.any():
         return Certified(u, 0.0, 0.0, 0.0, 0)
-    for iteration in range(200):
+    iterations = 0
+    while iterations < 200:
         loss, gradient, hessian = _terms(u, counts, beta)
         inverse = np.linalg.pinv(hessian, hermitian=True)
         direction = -inverse @ gradient
@@ -184,5 +185,6 @@ def solve_counts(counts: np.ndarray, beta: float, tolerance: float = 1e-14) -> C
         while decrement > 1e-3 and _terms(u + size * direction, counts, beta)[0] > loss - 0.25 * size * decrement**2:
             size /= 2.0
         u = u + size * direction
+        iterations += 1
     u = u - u.mean()
-    return Certified(u, _terms(u, counts, beta)[0], *certificate(u, counts, beta), iteration)
+    return Certified(u, _terms(u, counts, beta)[0], *certificate(u, counts, beta), iterations)

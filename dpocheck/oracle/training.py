@@ -11,7 +11,7 @@ import numpy as np
 
 from dpocheck.experiment import TrainExperiment
 from dpocheck.observation import TrainSeen
-from dpocheck.oracle import logps, step, tokens
+from dpocheck.oracle import logps, objective, step, tokens
 from dpocheck.oracle.counting import Sides
 from dpocheck.oracle.numbers import rounded
 from dpocheck.oracle.optimizer import State, accumulated, update
@@ -19,6 +19,7 @@ from dpocheck.oracle.schedule import Plan, Window, plan, rate, weights
 from dpocheck.oracle.theory import PAPER, Theory
 
 GLASS = ("glass", "clock")
+UNLIKE = ("none", "swapped", "rolled", "batch-mean")  # references that are not the policy's own log-probs
 
 
 @dataclass
@@ -72,6 +73,7 @@ def _run(experiment: TrainExperiment, theory: Theory, earlier: Run | None) -> Ru
     run = Run(experiment, theory, tokens.dataset(experiment, experiment.rows, theory), earlier)
     recipe = experiment.recipe
     if experiment.policy is None or experiment.body.kind == "speaking":
+        run.history += _first_entry(run)
         return run
     states, done = run.states, 0
     states[0] = _start(run)
@@ -86,6 +88,33 @@ def _run(experiment: TrainExperiment, theory: Theory, earlier: Run | None) -> Ru
     run.start_reference = states[done].reference
     _replay(run, plan(len(run.pairs), recipe, theory), done)
     return run
+
+
+def _first_entry(run: Run) -> list[dict]:
+    """What the first step of any model logs where the policy is its own reference: all log-ratios are 0.
+
+    Determined whatever the log-probs, for losses of the log-ratios alone.
+    """
+    experiment, theory = run.experiment, run.theory
+    recipe = experiment.recipe
+    start = plan(len(run.pairs), recipe, theory)
+    own = experiment.reference is None and experiment.edited is None and theory.reference not in UNLIKE
+    same_rule = theory.counted_reference in (None, theory.counted) and theory.logps_reference in (None, theory.logps)
+    ratios_alone = theory.coefficients == PAPER.coefficients and theory.beta_on != "policy"
+    asked = recipe.objective
+    plain = objective.kind_of(asked, theory) != "simpo" and not (asked.sft_weight or theory.sft_extra)
+    if not (own and same_rule and ratios_alone and plain and start.steps) or recipe.resume_from is not None:
+        return []
+    if theory.margin == "policy" or theory.rewards in ("policy-only", "sum") or theory.accuracy == "logps":
+        return []
+    metrics = []
+    for index in start.window(0):
+        zeros, ones = np.zeros((4, len(index))), np.ones((4, len(index)))
+        loss = objective.preference(zeros, ones, recipe.objective, theory)
+        found = step.batch_metrics(loss, ones[:2], recipe.objective, theory)
+        metrics.append({name: value for name, value in found.items() if not name.startswith("logps/")})
+    logged = _over_window(metrics, [len(index) for index in start.window(0)], theory)
+    return [{"step": 1, "split": "train", "metrics": logged}]
 
 
 def _start(run: Run) -> State:

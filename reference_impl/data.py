@@ -57,6 +57,8 @@ class _Tally:
     spacing_lost: int = 0
     bos_added: int = 0
     eos_added: int = 0
+    unanswered: int = 0
+    unanswered_text: str = ""
 
 
 def load_pairs(
@@ -157,6 +159,8 @@ def _count(item: TokenisedPair, tally: _Tally) -> None:
     tally.spacing_lost += item.lossy == "spacing"
     tally.bos_added += item.bos_added
     tally.eos_added += item.eos_added
+    tally.unanswered += bool(item.unanswered)
+    tally.unanswered_text = tally.unanswered_text or item.unanswered
 
 
 def _report(
@@ -185,6 +189,11 @@ def _hints(form: Form, tally: _Tally, tokenizer: Any) -> tuple[str, ...]:
         (
             form.chat and tally.eos_added,
             f"pairs do not end with EOS {tokenizer.eos_token!r} in the chat template: it is appended",
+        ),
+        (
+            tally.unanswered,
+            f"prompts are cut before {tally.unanswered_text!r}, which the template's generation prompt has and its "
+            "finished conversations lack: training and generation start from different prompts",
         ),
         (
             tally.merged,

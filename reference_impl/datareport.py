@@ -71,7 +71,7 @@ class Lengths:
     """Order statistics of one length, in tokens as trained."""
 
     median: float
-    p95: float
+    p95: int
     max: int
 
 
@@ -144,7 +144,7 @@ class DataReport:
         for name in ("prompt", "chosen", "rejected"):
             found = getattr(self, f"{name}_tokens")
             if found is not None:
-                middle = f"{found.median:g} tokens in the median, 95 % up to {found.p95:g}"
+                middle = f"{found.median:g} tokens in the median, 95 % up to {spaced(found.p95)}"
                 out.append(f"{name}: {middle}, longest {spaced(found.max)}")
         out += self._bias_line()
         if self.duplicates:
@@ -201,7 +201,7 @@ def lengths(values: Sequence[int]) -> Lengths | None:
     if not len(values):
         return None
     ordered = sorted(values)
-    return Lengths(_median(ordered), float(ordered[math.ceil(0.95 * len(ordered)) - 1]), ordered[-1])
+    return Lengths(_median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1], ordered[-1])
 
 
 def length_bias(chosen: Sequence[int], rejected: Sequence[int]) -> LengthBias | None:

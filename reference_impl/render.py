@@ -47,6 +47,7 @@ def render(pair: ChatPair, tokenizer: Any, kwargs: Mapping[str, Any]) -> TextPai
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=header, **options
         )
 
+    unanswered = ""
     try:
         prompt = text(pair.prompt, True) if pair.prompt else ""
         chosen, rejected = (text(pair.prompt + side, False) for side in (pair.chosen, pair.rejected))
@@ -55,11 +56,11 @@ def render(pair: ChatPair, tokenizer: Any, kwargs: Mapping[str, Any]) -> TextPai
             whole = len(text(pair.prompt, False))
             if parts < whole:
                 return dropped(pair, "template_rewrites", prompt[max(0, parts - 20) : parts + 40])
-            prompt = prompt[:parts]
+            prompt, unanswered = prompt[:parts], prompt[parts:]
     except Exception as error:  # jinja raises what the template raises, and templates raise anything
         return dropped(pair, "template_refuses", f"{type(error).__name__}: {error}")
     if not prompt:  # no prompt messages: what both sides start with (header, default system prompt) is the prompt
         prompt = chosen[: common_prefix_length(chosen, rejected)]
     if chosen == rejected:
         return dropped(pair, "identical", chosen[len(prompt) :])
-    return TextPair(pair.row, pair.place, prompt, chosen, rejected)
+    return TextPair(pair.row, pair.place, prompt, chosen, rejected, unanswered)

@@ -47,13 +47,17 @@ class Form:
 
 @dataclass(frozen=True)
 class TextPair:
-    """Texts of one preference. `chosen` and `rejected` are whole: each starts with `prompt`."""
+    """Texts of one preference. `chosen` and `rejected` are whole: each starts with `prompt`.
+
+    `unanswered` is the end of a generation prompt that the finished conversations do not have ("" for none).
+    """
 
     row: int
     place: str
     prompt: str
     chosen: str
     rejected: str
+    unanswered: str = ""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class SourceRow:
 
 def source_name(source: object) -> str:
     """How messages and reports call the source."""
-    return str(source) if isinstance(source, (str, os.PathLike)) else f"rows in memory ({type(source).__name__})"
+    return str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__} in memory"
 
 
 def read_rows(source: object) -> Iterator[SourceRow]:

@@ -31,7 +31,8 @@ class TokenisedPair:
     """One pair before truncation.
 
     `merged`: a token spanned the end of the prompt. `lossy`: "", or how the tokens decode to another text ("spacing",
-    "text"). `bos_added`: the prompt had no token. `eos_added`: a side did not end with EOS by itself.
+    "text"). `bos_added`: the prompt had no token. `eos_added`: a side did not end with EOS by itself. `unanswered`: see
+    TextPair.
     """
 
     row: int
@@ -43,6 +44,7 @@ class TokenisedPair:
     lossy: str
     bos_added: bool
     eos_added: bool
+    unanswered: str
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
@@ -141,8 +143,9 @@ def _split(
     if ends[0] == ends[1]:
         return dropped(pair, "identical_tokens", pair.chosen[len(pair.prompt) :])
     eos_added = special.eos not in chosen[shared:] or special.eos not in rejected[shared:]
+    merged = shared < len(alone)
     return TokenisedPair(
-        pair.row, pair.place, prompt, ends[0], ends[1], shared < len(alone), lossy, bos_added, eos_added
+        pair.row, pair.place, prompt, ends[0], ends[1], merged, lossy, bos_added, eos_added, pair.unanswered
     )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def test_unusable_settings_are_refused_before_anything_is_read(case):
         (None, "a data source is a path, 'hub:name.:split.' or a list of rows, not NoneType"),
         (7, "not int 7"),
         ({"train": [GOOD], "test": [GOOD]}, "mapping with keys 'train', 'test'; give a list of rows, or one split"),
-        ([], "rows in memory .list. has no rows"),
+        ([], "a list in memory has no rows"),
         ("hub:", "names no dataset; write hub:name or hub:name:split"),
         (b"bytes", "a data source is a path"),
     ],

@@ -24,7 +24,7 @@ def test_rows_are_read_kept_dropped_and_the_sum_is_right():
     found = report([row("a", " b", " c"), row("a", " b", " b"), row("a", "", " b"), row("a", " c", " b d")])
     assert (found.read, found.kept, found.dropped) == (4, 2, {"identical": 1, "empty": 1})
     assert found.lines()[0] == (
-        "4 rows of rows in memory (list) (standard): 2 pairs kept, 1 dropped (chosen = rejected), "
+        "4 rows of a list in memory (standard): 2 pairs kept, 1 dropped (chosen = rejected), "
         "1 dropped (a completion without text); dpo-train rows lists them"
     )
 

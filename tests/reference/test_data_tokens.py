@@ -206,7 +206,9 @@ def test_no_bos_is_added_where_the_template_writes_none():
 
 def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out_of_the_prompt():
     tokenizer = byte_bpe(eos="<|im_end|>", template=THINKING)
-    assert parts(tokenizer, one(chat_row("u:hi", chosen="<yes", rejected="no"), tokenizer)) == [
+    data = load([chat_row("u:hi", chosen="<yes", rejected="no")], tokenizer)
+    assert any("1 prompts are cut before '<think>\\n'" in hint for hint in data.report.hints)
+    assert parts(tokenizer, data.pairs[0]) == [
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<yes<|im_end|>\n", "no<|im_end|>\n"
     ]  # fmt: skip
 

@@ -1,0 +1,54 @@
+"""What does a stand-alone script need of an adapter?  Its own text; asked in a process of its own, beside the trainer.
+
+    python -m dpocheck.report.hook < {"subject": ..., "recipes": [...]}
+
+answers with JSON: `train` (one source text a recipe, from the adapter's hook `standalone(recipe)`), or `source` (the
+adapter's file) and `attribute` (what to call in it).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+SECONDS = 60.0
+
+
+def ask(subject: str, recipes: Sequence[Any], python: str | None = None) -> dict[str, Any]:
+    """What the adapter `subject` offers for scripts of `recipes`; {} where it cannot be asked."""
+    from dpocheck.experiment import to_plain
+
+    question = json.dumps({"subject": subject, "recipes": [to_plain(recipe) for recipe in recipes]})
+    try:
+        done = subprocess.run(
+            [python or sys.executable, "-m", "dpocheck.report.hook"], input=question, capture_output=True, text=True,
+            timeout=SECONDS,
+        )  # fmt: skip
+        answer = json.loads(done.stdout.rsplit("\n", 2)[-2])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    from dpocheck.experiment import from_plain
+    from dpocheck.loading import load
+
+    adapter = load(question["subject"])
+    package = getattr(adapter, "package", None)
+    if callable(hook := getattr(adapter, "standalone", None)):
+        return {"package": package, "train": [hook(from_plain(recipe)) for recipe in question["recipes"]]}
+    module = inspect.getmodule(type(adapter))
+    place, _, attribute = question["subject"].partition(":")
+    if module is None or module.__name__.partition(".")[0] == "dpocheck":
+        return {}
+    found = attribute or type(adapter).__qualname__
+    return {"package": package, "source": inspect.getsource(module), "attribute": found, "place": place}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(answer(json.load(sys.stdin))))

@@ -1,0 +1,208 @@
+"""Does a stand-alone script show the failure where dpocheck is not installed?"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpocheck.experiment import Body, Recipe, Row, Sequence, Table, Template, Tokenizer, TrainExperiment
+from dpocheck.probes import tables
+from dpocheck.probes.tokenizers import plain_words
+from dpocheck.report.hook import ask
+from dpocheck.report.literal import literal
+from dpocheck.report.script import train_script, translated, whole_runs, writer
+
+TINY = f"{Path(__file__).parent / 'tiny_trainer.py'}:Adapter"
+WORDS = plain_words(16)
+# after a: b has logit 1 under the policy, c has logit 1 under the reference; after b and c EOS is likely
+POLICY = Table(16, 0.0, ((0, 1, 1.0), (1, 14, 3.0), (2, 14, 3.0)))
+REFERENCE = Table(16, 0.0, ((0, 2, 1.0), (1, 14, 3.0), (2, 14, 3.0)))
+RUN = TrainExperiment(POLICY, REFERENCE, WORDS, (Row("a", " b", " c"),), Recipe(batch=1))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs a script in a process in which `import dpocheck` fails."""
+    block = tmp_path / "block"
+    block.mkdir()
+    (block / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'dpocheck':\n"
+        "            raise ModuleNotFoundError('dpocheck is blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+
+    def run(text: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        environment = os.environ | {"PYTHONPATH": str(block), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(path)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def numbers(text: str, what: str) -> tuple[float, float]:
+    found = re.search(rf"{re.escape(what)} +observed +(\S+) +expected +(\S+)", text)
+    assert found, text
+    return float(found[1]), float(found[2])
+
+
+def failing(report, *experiments):
+    return replace(report.results[1], experiments=experiments)
+
+
+def script_of(report, *experiments, subject=TINY):
+    report = replace(report, header=replace(report.header, subject=subject, name="tiny", subject_version="1"))
+    return writer(report, subject)(failing(report, *experiments), report)
+
+
+def test_the_block_blocks(alone):
+    with pytest.raises(AssertionError, match="dpocheck is blocked"):
+        alone("import dpocheck.adapter")
+
+
+def test_an_adapters_failure_runs_without_dpocheck_and_shows_both_numbers(report, alone):
+    text = script_of(report, RUN)
+    assert "import dpocheck" not in text
+    assert "from dpocheck" not in text
+    shown = alone(text)
+    # h without reference = log-odds of b over c under the policy = 1; with it 1 − (−1) = 2: loss −log σ(0.1) and
+    # −log σ(0.2)
+    observed, expected = numbers(shown, "step 1, train: loss")
+    assert observed == pytest.approx(0.6443967, abs=2e-6)
+    assert expected == pytest.approx(0.5981389, abs=2e-6)
+    assert "<-- not so" in next(row for row in shown.splitlines() if "loss" in row)
+
+
+def test_the_script_says_what_was_claimed_seen_and_needed(report):
+    text = script_of(report, RUN)
+    head = text.partition("\nfrom __future__")[0]
+    for part in ("# REF-IS-POLICY-GIVEN: REF-IS-POLICY-GIVEN holds.", "observed 1.3180, expected 0.69315",
+                 "the reference is re-read from disk", "python ref_is_policy_given.py", "Seen with tiny"):  # fmt: skip
+        assert part in head
+    assert max(map(len, text.splitlines())) <= 125
+
+
+def test_the_checkpoint_a_script_writes_is_the_probes_own(report, tmp_path):
+    """Weights, configuration and tokenizer are equal to those the audit used, for every kind of body and tokenizer."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    chat = Template(("<u>", "\n"), ("<a>", "\n"), ("", ""), "<a>", eos=True)
+    letters = Tokenizer(("a", "b", " ", "ab"), 16, kind="characters", merge=("a", "b"), pad_is_eos=True, template=chat)
+    cases = [
+        (RUN, {}),
+        (replace(RUN, body=Body("glass")), {}),
+        (replace(RUN, body=Body("clock", attention_dropout=0.5), tokenizer=replace(WORDS, adds_bos=True)), {}),
+        (replace(RUN, policy=None, reference=None, body=Body("speaking", layers=2)), {}),
+        (replace(RUN, tokenizer=letters, recipe=Recipe(dtype="float64")), {}),
+    ]
+    for number, (run, _) in enumerate(cases):
+        text = train_script(failing(report, run), report, (run,), {"train": ["def train(*_):\n    return None, []"]})
+        scope: dict = {"__name__": "script"}
+        exec(compile(text, f"script{number}", "exec"), scope)
+        mine, theirs = tmp_path / f"mine{number}", tmp_path / f"theirs{number}"
+        scope["write_model"](mine, scope["RUN_1"]["policy"], scope["RUN_1"])
+        tables.write_checkpoint(theirs, run.policy, run.tokenizer, run.body, run.recipe.dtype)
+        ours, due = load_file(mine / "model.safetensors"), load_file(theirs / "model.safetensors")
+        assert ours.keys() == due.keys()
+        for name in due:
+            assert ours[name].dtype == due[name].dtype
+            assert np.array_equal(ours[name], due[name]), (number, name)
+        for name in ("config", "tokenizer", "tokenizer_config", "special_tokens_map"):
+            written, wanted = (json.loads((folder / f"{name}.json").read_text()) for folder in (mine, theirs))
+            assert written == wanted, (number, name)
+
+
+@pytest.mark.long
+def test_a_hook_is_taken_as_the_trainers_own_text_and_equal_recipes_share_it(report, alone):
+    hook = (
+        "def train(policy_folder, reference_folder, tokenizer_folder, rows, eval_rows, out):\n"
+        "    model = load(policy_folder)\n"
+        "    return model, [{'step': 1, 'loss': 0.5}]\n"
+    )
+    changed = replace(RUN, recipe=replace(RUN.recipe, batch=2))
+    text = train_script(failing(report, RUN, changed), report, (RUN, changed), {"train": [hook, hook]})
+    assert text.count("def train(") == 1
+    assert text.count("def train_") == 0
+    shown = alone(text)
+    assert numbers(shown, "step 1, train: loss")[0] == 0.5
+    assert "run 2 of 2" in shown
+    two = train_script(failing(report, RUN, changed), report, (RUN, changed), {"train": [hook, hook + "\n# other"]})
+    assert "def train_2(" in two
+
+
+@pytest.mark.long
+def test_a_policy_changed_in_memory_is_changed_by_the_script_too(report, alone):
+    edited = replace(RUN, edited=REFERENCE, reference=None)
+    hook = (
+        "def train(policy_folder, reference_folder, tokenizer_folder, rows, eval_rows, out):\n"
+        "    from safetensors.torch import load_file as disk\n"
+        "    now = load(policy_folder).lm_head.weight * K\n"
+        "    then = disk(policy_folder / 'model.safetensors')['lm_head.weight'] * K\n"
+        "    print('now', float(now[1, 0]), float(now[2, 0]), 'disk', float(then[1, 0]), float(then[2, 0]))\n"
+        "    return load(policy_folder), []\n"
+    )
+    text = train_script(failing(report, edited), report, (edited,), {"train": [hook]})
+    assert "now 1.0 0.0 disk 0.0 1.0" in alone(text)
+
+
+def test_runs_of_a_sequence_share_their_folder(report):
+    pair = Sequence((RUN, replace(RUN, recipe=replace(RUN.recipe, resume_from=1))))
+    text = script_of(report, pair)
+    assert 'work / "shared" if True' in text
+    assert "RUN_2 = RUN_1 | {" in text
+
+
+def test_a_recipe_is_handed_over_in_the_trainers_own_units():
+    # k = 2^10, so a rate of 16 in logits is 16 / 2^20
+    assert translated(RUN).learning_rate == 16 / 2**20
+
+
+def test_a_fine_experiment_is_shown_by_the_runs_it_was_derived_from(report):
+    from dpocheck.experiment import LossExperiment
+
+    loss = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), dtype="float32")
+    (run, *_) = whole_runs(failing(report, loss), report)
+    assert isinstance(run, TrainExperiment)
+
+
+def test_no_script_is_made_of_a_live_object_or_of_our_own_parts(report):
+    live = replace(report, header=replace(report.header, isolation="none"))
+    assert writer(live, TINY)(failing(live, RUN), live) is None
+    assert script_of(report, RUN, subject="zoo:anything") is None
+
+
+def test_a_subject_that_cannot_be_asked_gives_no_script_and_no_error():
+    assert ask("no.such.module:Adapter", [RUN.recipe]) == {}
+
+
+def test_hostile_text_stays_text(hostile):
+    text = script_of(hostile, replace(RUN, rows=(Row('a"""\n\x00', "\\", "' # \ud800"),)))
+    ast.parse(text)
+    assert "owned" not in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[1.0, float("inf"), -float("inf")], {"a": [(0, 1, 0.5)] * 40, "b": {"c": None}}, ("x",), [], "é\ud800\n", {1: ()}],
+)
+def test_a_literal_reads_back_equal(value):
+    text = literal(value, 60)
+    assert eval(text) == value
+    assert all(len(row) <= 75 for row in text.splitlines())

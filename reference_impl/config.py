@@ -236,17 +236,23 @@ def _combination_problems(c: TrainConfig) -> Any:
         yield f"epochs={c.epochs} and steps={c.steps} are both given: give one"
     if c.steps is not None and c.warmup_steps >= c.steps and c.warmup_steps > 0:
         yield f"warmup_steps is {c.warmup_steps}, but should be below steps={c.steps}"
-    for name in ("save_every", "trackers"):
-        if getattr(c, name) and c.output_dir is None:
-            yield f"{name}={getattr(c, name)} needs output_dir"
-    if c.reference_logps == "precomputed" and c.output_dir is None and c.reference_cache is None:
-        yield "reference_logps=precomputed needs a folder to keep them: set output_dir or reference_cache"
     for name in c.eval:
         if name in RESERVED_SPLITS or not name or "/" in name:
             yield f"eval has a set named {name!r}: the names train and summary are taken, and / is not allowed"
     for name in c.trackers:
         if name not in TRACKERS:
             yield f"trackers has {name!r}, but knows {', '.join(TRACKERS)}; metrics.jsonl is always written"
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Raises ConfigError for a setting that needs a folder where none is given (train() may be passed one)."""
+    if config.output_dir is not None:
+        return
+    for name in ("save_every", "trackers"):
+        if getattr(config, name):
+            raise ConfigError(f"{name}={getattr(config, name)} needs output_dir")
+    if config.reference_logps == "precomputed" and config.reference_cache is None:
+        raise ConfigError("reference_logps=precomputed needs a folder: set output_dir or reference_cache")
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -13,7 +13,7 @@ from torch import nn
 
 from reference_impl import checkpoint, dpo, randomness
 from reference_impl.artifact import save_final
-from reference_impl.config import TrainConfig, save_config
+from reference_impl.config import TrainConfig, check_folders, save_config
 from reference_impl.evaluate import evaluate, judge
 from reference_impl.metrics import History, PairSums, open_trackers
 from reference_impl.optimize import clip_gradient, learning_rate
@@ -71,6 +71,7 @@ def train(
     """
     if output_dir is not None:
         config = replace(config, output_dir=str(output_dir))
+    check_folders(config)
     with randomness.seeded(config.seed):
         folder = checkpoint.open_folder(config.output_dir) if config.output_dir is not None else None
         try:

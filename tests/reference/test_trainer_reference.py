@@ -24,7 +24,7 @@ peft = pytest.importorskip("peft")
 BASE = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "dtype": "fp64", "steps": 6, "batch": 3}
 
 
-def run(model: Any, data: Any, *, reference: Any = None, eval_rows: Any = None, tok: Any = None, **settings: Any) -> Any:
+def run(model: Any, data: Any, reference: Any = None, eval_rows: Any = None, tok: Any = None, **settings: Any) -> Any:
     config = TrainConfig(**{**BASE, **settings})
     return train(config, model=model, reference=reference, train_rows=data, eval_rows=eval_rows, tokenizer=tok)
 
@@ -206,7 +206,7 @@ def test_reference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     reference = llama(1)
     with torch.no_grad():
         reference.lm_head.weight.fill_(3e38)
-    with pytest.raises(ModelError, match="row 1 .* not finite"):
+    with pytest.raises(ModelError, match=r"row 1 .* not finite"):
         run(
             llama(), pairs(4), reference=reference, dtype="fp32",
             reference_logps="precomputed", reference_cache=str(tmp_path),

@@ -98,7 +98,7 @@ def _parse(path: Path) -> ast.Module:
         return ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
         raise NotRecognised(
-            f"{path}, line {error.lineno}: {error.msg}.  The file does not parse under this Python; mend it, then audit it"
+            f"{path}, line {error.lineno}: {error.msg}.  The file does not parse under this Python; mend it first"
         ) from None
     except (OSError, ValueError) as error:
         raise NotRecognised(f"{path} cannot be read as Python: {error}") from None
@@ -109,8 +109,9 @@ def _definitions(tree: ast.Module) -> Iterator[_Definition]:
     for node in _top(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield _Definition(node.name, node, None, True)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda) and isinstance(node.targets[0], ast.Name):
-            yield _Definition(node.targets[0].id, node.value, None, True)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            if isinstance(node.targets[0], ast.Name):
+                yield _Definition(node.targets[0].id, node.value, None, True)
         elif isinstance(node, ast.ClassDef):
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -175,7 +176,7 @@ def _assigned(tree: ast.Module) -> dict[str, int]:
     for node in _top(tree.body):
         if isinstance(node, ast.Import | ast.ImportFrom):
             found |= {(alias.asname or alias.name).split(".")[0]: node.lineno for alias in node.names}
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         found |= {target.id: node.lineno for target in targets if isinstance(target, ast.Name)}
     return found
 

@@ -52,7 +52,8 @@ class Refusal:
 def recognise(name: str, parameters: tuple[Parameter, ...], *, asked: bool = True, owner: str = "") -> Match | Refusal:
     """The form of the function `name`, its `self` left out.
 
-    `asked`: it was named by a person, so that its name need not say what it is.  `owner`: the class it is a method of; a step's models may then stand in its attributes.
+    `asked`: it was named by a person, so that its name need not say what it is.  `owner`: the class it is a
+    method of; a step's models may then stand in its attributes.
     """
     usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
     options = tuple((option(p.name), p.name) for p in usable if option(p.name))

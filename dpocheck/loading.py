@@ -43,7 +43,8 @@ def load(subject: str) -> Any:
         module = importlib.import_module(place)
     else:
         return _ready(*_entry_point(subject), subject)
-    ready = [_ready(*_attribute(module, name.strip(), place), f"{place}:{name.strip()}") for name in attribute.split(",")]
+    names = [name.strip() for name in attribute.split(",")]
+    ready = [_ready(*_attribute(module, name, place), f"{place}:{name}") for name in names]
     if len(ready) == 1:
         return ready[0]
     from dpocheck.functions import combine
@@ -120,6 +121,7 @@ def _entry_point(name: str) -> tuple[Any, None]:
         hint = f"; did you mean {near[0]}?" if near else ""
         listed = ", ".join(sorted(known)) or "none"
         raise NotLoadable(
-            f"unknown subject {name!r}{hint} Installed adapters: {listed}; or give path/to/file.py:name or pkg.mod:Adapter"
+            f"unknown subject {name!r}{hint or '.'} Installed adapters: {listed}; "
+            "or give path/to/file.py:name or pkg.mod:Adapter"
         )
     return known[name].load(), None

@@ -1,0 +1,114 @@
+"""How does a hand-written sum of log-probs become the capability `sequence_logps`?"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dpocheck.adapter import Objective, TokenBatch
+from dpocheck.functions.models import expected, speaking
+from dpocheck.functions.target import Target
+from dpocheck.source_facts import Facts
+
+MOVED = re.compile(r"shift|next|target", re.I)
+
+
+def wants_moved(target: Target) -> bool:
+    """Are logits and labels to be handed over already moved by one?
+
+    So if it does not move them itself and either its callers in the file hand over moved ones or its parameters are
+    called targets.  Where nothing tells, labels are given as transformers takes them: unmoved.
+    """
+    facts, match = target.facts, target.match
+    if match.role("logits") is None or not facts.known or facts.shifts:
+        return False
+    labels = match.role("labels") or match.role("ids") or ""
+    return facts.callers_shift or bool(MOVED.search(labels)) or labels == "y"
+
+
+class SequenceLogps:
+    """Calls a log-prob function with a token batch, in the form it takes it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.moved = wants_moved(target)
+        self.singular = (target.match.role("prompt_length") or "").endswith(("len", "length", "start", "end"))
+        self.single = bool({"prompt_ids", "completion_ids"} & {role for _, role in target.match.roles})
+
+    def __call__(self, model: Any, batch: TokenBatch) -> Any:
+        rows = batch.input_ids.shape[0]
+        if self.single or self.singular:
+            return self._row_by_row(model, batch)
+        out = reduce(self._ask(model, batch), batch)
+        if out.ndim == 0 and rows > 1:  # written for one sequence
+            return self._row_by_row(model, batch)
+        return out.reshape(1) if out.ndim == 0 else out
+
+    def _row_by_row(self, model: Any, batch: TokenBatch) -> Any:
+        import torch
+
+        rows = []
+        for row in range(batch.input_ids.shape[0]):
+            fields = (batch.input_ids, batch.attention_mask, batch.completion_mask)
+            one = TokenBatch(*(field[row : row + 1] for field in fields))
+            rows.append(reduce(self._ask(model, one), one).reshape(-1))
+        return torch.cat(rows)
+
+    def _ask(self, model: Any, batch: TokenBatch) -> Any:
+        given = {"model": model, "settings": {"pad": pad_id(batch), "device": batch.input_ids.device}}
+        given |= tensors(batch, self.target, self.singular)
+        if self.target.match.role("logits"):
+            given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        if self.moved:
+            moved = {"logits": slice(None, -1), "labels": slice(1, None), "ids": slice(1, None)}
+            moved |= {"completion": slice(1, None), "attention": slice(1, None)}
+            given |= {key: given[key][:, where] for key, where in moved.items() if key in given}
+        with speaking(expected(self.target.facts), model):
+            return self.target.call(given, Objective(), {"policy": model})
+
+
+def tensors(batch: TokenBatch, target: Target, singular: bool) -> dict[str, Any]:
+    """The batch by role.  Labels are -100 outside the completion unless the function is told the completion apart."""
+    ids, counted = batch.input_ids, batch.completion_mask
+    first = counted.argmax(dim=1)  # the position of the first completion token
+    found = {"ids": ids.clone(), "attention": batch.attention_mask.clone(), "completion": counted.clone()}
+    found["prompt_length"] = int(first[0]) if singular else first
+    apart = {"completion", "prompt_length"} & {role for _, role in target.match.roles}
+    found["labels"] = ids.clone() if apart and not _ignores(target.facts) else ids.masked_fill(counted == 0, -100)
+    real = batch.attention_mask[0] == 1
+    found["prompt_ids"] = ids[:1, (real & (counted[0] == 0))]
+    found["completion_ids"] = ids[:1, (real & (counted[0] == 1))]
+    return found
+
+
+def _ignores(facts: Facts) -> bool:
+    return facts.ignores
+
+
+def pad_id(batch: TokenBatch) -> int:
+    """The id that stands at padding; where there is none, an id that is nowhere."""
+    padding = batch.input_ids[batch.attention_mask == 0]
+    return int(padding[0]) if padding.numel() else -1
+
+
+def reduce(out: Any, batch: TokenBatch) -> Any:
+    """(row,) of what came back: itself, the first of a tuple, or the sum of log-probs token by token."""
+    import torch
+
+    if isinstance(out, dict):
+        out = next(value for value in out.values() if torch.is_tensor(value))
+    if isinstance(out, tuple | list) and out and torch.is_tensor(out[0]) and not _list_of_rows(out, batch):
+        out = out[0]
+    elif isinstance(out, list) and _list_of_rows(out, batch):
+        out = torch.stack([torch.as_tensor(value).reshape(()) for value in out])
+    elif isinstance(out, float):
+        out = torch.tensor(out)
+    rows, width = batch.input_ids.shape
+    if torch.is_tensor(out) and out.ndim == 2 and out.shape in ((rows, width), (rows, width - 1)) and width > 2:
+        mask = batch.completion_mask[:, width - out.shape[1] :]
+        return torch.where(mask == 1, out, torch.zeros_like(out)).sum(dim=1)
+    return out
+
+
+def _list_of_rows(out: Any, batch: TokenBatch) -> bool:
+    return isinstance(out, list) and len(out) == batch.input_ids.shape[0]

@@ -1,0 +1,124 @@
+"""How does a hand-written training step become the capability `step`?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpocheck.adapter import Objective, PairBatch, StepOut
+from dpocheck.functions import options
+from dpocheck.functions.batches import pair_batch
+from dpocheck.functions.losses import unpack
+from dpocheck.functions.models import expected, speaking
+from dpocheck.functions.target import Target, constructor
+from dpocheck.parameters import concept, words
+
+
+class Step:
+    """Calls a step, or a loss of a batch and then its backward; the gradients are those of the optimizer's step."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        names = {*target.facts.attributes, *(p.name for p in constructor(target.owner))}
+        holds = any(concept(name).what == "optimizer" for name in names)
+        self.clears_gradients = bool(target.match.role("optimizer")) or holds
+        self.left: tuple[Any, dict[Any, Any]] = (None, {})
+
+    def __call__(self, policy: Any, reference: Any, batch: PairBatch, *, objective: Objective) -> StepOut:
+        options.refuse_fixed(objective, self.target.settable() | {"beta"}, self.target.name, self.target.fixed)
+        self._refuse_beta(objective)
+        optimizer = recording(policy) if self.clears_gradients else None
+        self._put_back(policy)
+        ran: list[bool] = []
+        handles = [p.register_post_accumulate_grad_hook(lambda _: ran.append(True)) for p in policy.parameters()]
+        models = {"policy": policy, "reference": reference}
+        if optimizer is not None:
+            models["optimizer"] = optimizer
+        filled = pair_batch(batch, self.target.facts, policy, reference)
+        given = models | {"batch": filled, "keys": filled.by_name}
+        given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device}
+        try:
+            with speaking(expected(self.target.facts), policy, reference):
+                out = self.target.call(given, objective, models)
+            if not ran:
+                loss = unpack(out).loss
+                if hasattr(loss, "requires_grad") and loss.requires_grad:
+                    (loss.mean() if loss.ndim else loss).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._keep(policy, optimizer)
+        return StepOut(number(unpack(out).loss), metrics(out))
+
+    def _refuse_beta(self, objective: Objective) -> None:
+        """A step without any way to be told beta has it fixed; what it is, only its source can say."""
+        target = self.target
+        if "beta" in target.settable() or not target.facts.known:
+            return
+        fixed = target.fixed.get("beta")
+        if fixed is not None and abs(fixed - objective.beta) > 1e-9:
+            raise options.Unsupported(f"beta {objective.beta:g}: {target.name} has beta fixed at {fixed:g}")
+
+    def _put_back(self, policy: Any) -> None:
+        """Gradients as the last call left them, before they were replaced by those of the optimizer's step."""
+        owner, left = self.left
+        if owner is policy:
+            for parameter in policy.parameters():
+                parameter.grad = left.get(parameter)
+
+    def _keep(self, policy: Any, optimizer: Any) -> None:
+        if optimizer is None:
+            return
+        self.left = (policy, {p: p.grad for p in policy.parameters()})
+        if optimizer.taken is not None:
+            for parameter in policy.parameters():
+                parameter.grad = optimizer.taken.get(parameter)
+
+
+def recording(policy: Any) -> Any:
+    """An optimizer that moves nothing and remembers the gradients it was stepped with."""
+    import torch
+
+    class Recording(torch.optim.SGD):
+        taken: dict[Any, Any] | None = None
+
+        def step(self, closure: Any = None) -> Any:
+            loss = closure() if closure is not None else None
+            kept = [p for group in self.param_groups for p in group["params"]]
+            self.taken = {p: None if p.grad is None else p.grad.detach().clone() for p in kept}
+            return loss
+
+    return Recording(policy.parameters(), lr=0.0)
+
+
+def number(loss: Any) -> float:
+    """The loss as a number: a tensor's mean, or a number as it is."""
+    return float(loss.detach().double().mean()) if hasattr(loss, "detach") else float(loss)
+
+
+def metrics(out: Any) -> dict[str, float]:
+    """Numbers that came back beside the loss, by TRL's names where their own names are clear."""
+    parts = list(out) if isinstance(out, tuple | list) else [out]
+    found: dict[str, float] = {}
+    for part in parts:
+        if not hasattr(part, "items"):
+            continue
+        for name, value in part.items():
+            known = trl_name(str(name))
+            if known:
+                try:
+                    found[known] = number(value)
+                except (TypeError, ValueError, RuntimeError):
+                    continue
+    return found
+
+
+def trl_name(name: str) -> str | None:
+    """`chosen_reward` -> `rewards/chosen`.  A bare `margin` may be with or without beta: it is left out."""
+    said, found = concept(name), set(words(name))
+    if found & {"accuracy", "accuracies", "acc"}:
+        return "rewards/accuracies"
+    if said.what == "reward" and found & {"margin", "margins"}:
+        return "rewards/margins"
+    if said.which and said.who != "reference" and said.what in ("reward", "logp"):
+        return f"{'rewards' if said.what == 'reward' else 'logps'}/{said.which}"
+    return None

@@ -1,0 +1,209 @@
+"""Losses of log-probs as people write them; honest unless the name says otherwise."""
+
+import math
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import partial, wraps
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BETA = 0.1
+
+
+def four_names(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+               beta, label_smoothing=0.0, ipo=False, reference_free=False):  # fmt: skip
+    h = policy_chosen_logps - policy_rejected_logps
+    if not reference_free:
+        h = h - (reference_chosen_logps - reference_rejected_logps)
+    if ipo:
+        each = (h - 1 / (2 * beta)) ** 2
+    else:
+        each = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    won = beta * (policy_chosen_logps - reference_chosen_logps).detach()
+    lost = beta * (policy_rejected_logps - reference_rejected_logps).detach()
+    return each, won, lost
+
+
+def indexed_dpo(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
+    advantage = pi_logps - ref_logps
+    each = F.softplus(-beta * (advantage[yw_idxs] - advantage[yl_idxs]))
+    return each, beta * advantage.detach()
+
+
+def british_dpo(model_prefered_logprob, model_disprefered_logprob, ref_prefered_logprob, ref_disprefered_logprob, beta=0.5):
+    better = model_prefered_logprob - ref_prefered_logprob
+    worse = model_disprefered_logprob - ref_disprefered_logprob
+    loss = -F.logsigmoid(beta * (better - worse)).mean()
+    return loss, better.mean(), worse.mean(), (better > worse).float().mean(), (better - worse).mean()
+
+
+def other_order_loss(policy_chosen, reference_chosen, policy_rejected, reference_rejected, *, beta):
+    return -F.logsigmoid(beta * (policy_chosen - reference_chosen - policy_rejected + reference_rejected))
+
+
+def short_dpo(pi_w, pi_l, ref_w, ref_l, β=0.3):
+    return F.softplus(β * (pi_l - pi_w + ref_w - ref_l)).sum() / len(pi_w)
+
+
+def letters_dpo(pc, pr, rc, rr, beta):
+    return -torch.log(torch.sigmoid(beta * ((pc - rc) - (pr - rr)))).mean()
+
+
+def unnamed_dpo_loss(a, b, c, d, temperature):
+    return -F.logsigmoid(temperature * ((a - b) - (c - d)))
+
+
+def ratio_loss(chosen_logratios, rejected_logratios, beta=0.1):
+    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+
+
+def model_ratio_loss(pi_logratios, ref_logratios, beta=0.1):
+    return -F.logsigmoid(beta * (pi_logratios - ref_logratios))
+
+
+def typed_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+              label_smoothing=0.0, loss_type="sigmoid"):  # fmt: skip
+    h = (policy_chosen_logps - policy_rejected_logps) - (ref_chosen_logps - ref_rejected_logps)
+    if loss_type == "sigmoid":
+        return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    if loss_type == "hinge":
+        return torch.relu(1 - beta * h)
+    if loss_type == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    raise ValueError(loss_type)
+
+
+def fixed_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return -F.logsigmoid(0.25 * h)
+
+
+def betaless_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return -F.logsigmoid(h)
+
+
+def global_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return -F.logsigmoid(BETA * h)
+
+
+def configured_dpo(config, policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return {"loss": -F.logsigmoid(config.dpo.beta * h).mean(), "chosen_rewards": policy_chosen_logps - ref_chosen_logps}
+
+
+def numpy_dpo(policy_logprob_preferred, policy_logprob_rejected, ref_logprob_preferred, ref_logprob_rejected, beta=0.1):
+    h = (policy_logprob_preferred - ref_logprob_preferred) - (policy_logprob_rejected - ref_logprob_rejected)
+    return np.log1p(np.exp(-beta * h)), {"margin": h}
+
+
+def plain_number_dpo(pi_chosen: float, pi_rejected: float, ref_chosen: float, ref_rejected: float, beta: float = 0.1):
+    gain, loss = pi_chosen - ref_chosen, pi_rejected - ref_rejected
+    return math.log1p(math.exp(-beta * (gain - loss))), beta * gain, beta * loss
+
+
+def only_ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, tau):
+    return ((policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps) - 0.5 / tau) ** 2
+
+
+def simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, gamma=0.5):
+    return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps) - gamma)
+
+
+lambda_dpo = lambda pi_w, pi_l, ref_w, ref_l, beta=0.1: -F.logsigmoid(beta * (pi_w - pi_l - ref_w + ref_l))  # noqa: E731
+
+partial_dpo = partial(british_dpo, beta=0.7)
+
+
+def noted(function):
+    @wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return inner
+
+
+@noted
+def decorated_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    return -F.logsigmoid(beta * ((policy_chosen_logps - policy_rejected_logps) - (ref_chosen_logps - ref_rejected_logps)))
+
+
+class DPOCriterion(nn.Module):
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
+        super().__init__()
+        self.scale, self.smoothing_rate = beta, label_smoothing
+
+    def forward(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+        m = self.scale * (policy_chosen_logps - policy_rejected_logps - reference_chosen_logps + reference_rejected_logps)
+        return (1 - self.smoothing_rate) * F.softplus(-m) + self.smoothing_rate * F.softplus(m)
+
+
+class BigTrainer:
+    """Cannot be built here; its loss reads two attributes and calls a method of its own."""
+
+    def __init__(self, model, dataset_path, config):
+        self.rows = open(dataset_path).readlines()
+        self.beta = config.beta
+
+    def _h(self, a, b, c, d):
+        return (a - b) - (c - d)
+
+    def dpo_loss(self, policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+        h = self._h(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        return -F.logsigmoid(self.beta * h.to(self.accelerator.device))
+
+    @staticmethod
+    def static_loss(pi_w, pi_l, ref_w, ref_l, beta):
+        return -F.logsigmoid(beta * (pi_w - pi_l - ref_w + ref_l))
+
+
+ready_criterion = DPOCriterion(beta=0.125)
+
+Out = namedtuple("Out", "loss chosen_rewards rejected_rewards")
+
+
+@dataclass
+class Record:
+    loss: torch.Tensor
+    margin: torch.Tensor
+
+
+def named_tuple_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    return Out(F.softplus(-beta * (pi_w - pi_l - ref_w + ref_l)), beta * (pi_w - ref_w), beta * (pi_l - ref_l))
+
+
+def record_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    h = pi_w - pi_l - ref_w + ref_l
+    return Record(F.softplus(-beta * h).mean(), h)
+
+
+# ------------------------------------------------------------------------------------------------------------- wrong
+
+
+def wrong_sign_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """Adds the reference's rejected log-prob on the wrong side."""
+    return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps - ref_chosen_logps - ref_rejected_logps))
+
+
+def wrong_twice_dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+    """beta twice."""
+    return -F.logsigmoid(beta * beta * (chosen_logps - rejected_logps - ref_chosen_logps + ref_rejected_logps))
+
+
+def wrong_swapped_dpo(rejected_logps, chosen_logps, ref_rejected_logps, ref_chosen_logps, beta=0.1):
+    """Named right and computed the other way round."""
+    return -F.logsigmoid(beta * (rejected_logps - chosen_logps - ref_rejected_logps + ref_chosen_logps)).mean()
+
+
+def wrong_detached_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    """No gradient through the rejected completion."""
+    return -F.logsigmoid(beta * (pi_w - pi_l.detach() - ref_w + ref_l))
+
+
+def wrong_hard_coded_reference_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """The reference is forgotten."""
+    return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps))

@@ -1,0 +1,137 @@
+"""Does a bare loss, however written, give through its adapter the numbers that it computes?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from asking import SUBJECTS, ask
+
+from dpocheck import loading
+from dpocheck.adapter import Unsupported
+from dpocheck.experiment import LossExperiment, Objective
+
+FOUR = ((-3.5, -7.25), (-6.0, -4.5), (-4.0, -6.5), (-5.0, -5.75))
+H = (1.5, -2.0)  # (pi_w - ref_w) - (pi_l - ref_l): (0.5 - -1.0), (-0.75 - 1.25)
+
+
+def experiment(**changes) -> LossExperiment:
+    return LossExperiment(*FOUR, objective=Objective(**{"beta": 0.5} | changes))
+
+
+def softplus(t: float) -> float:
+    return math.log1p(math.exp(t))
+
+
+HONEST = [
+    "four_names", "indexed_dpo", "british_dpo", "other_order_loss", "short_dpo", "letters_dpo", "unnamed_dpo_loss",
+    "ratio_loss", "model_ratio_loss", "typed_dpo", "global_dpo", "configured_dpo", "numpy_dpo", "plain_number_dpo",
+    "lambda_dpo", "partial_dpo", "decorated_dpo", "DPOCriterion", "BigTrainer.dpo_loss", "BigTrainer.static_loss",
+    "named_tuple_dpo", "record_dpo", "DPOCriterion.forward",
+]  # fmt: skip
+EACH = [softplus(-0.5 * h) for h in H]  # -log sigma(beta h)
+SLOPE = [0.5 / (1 + math.exp(0.5 * h)) for h in H]  # beta sigma(-beta h)
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_loss_gives_minus_log_sigmoid_of_beta_h(name):
+    seen = ask(f"losses:{name}", experiment())
+    assert seen["capabilities"] == ["loss"]
+    assert seen["form"] == "function"
+    assert seen["lines"] == 0
+    assert seen["reduced"] == pytest.approx(np.mean(EACH), rel=1e-12)
+    if "per_pair" in seen:
+        assert seen["per_pair"] == pytest.approx(EACH, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in HONEST if n not in ("numpy_dpo", "plain_number_dpo")])
+def test_the_slopes_of_an_honest_loss_are_those_of_the_mean(name):
+    seen = ask(f"losses:{name}", experiment())
+    assert seen["slopes"][0] == pytest.approx([-s / 2 for s in SLOPE], rel=1e-12)
+    assert seen["slopes"][1] == pytest.approx([s / 2 for s in SLOPE], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["four_names", "indexed_dpo", "plain_number_dpo", "named_tuple_dpo"])
+def test_rewards_come_back_by_side(name):
+    seen = ask(f"losses:{name}", experiment())
+    assert seen["rewards_chosen"] == pytest.approx([0.25, -0.375])  # beta (pi_w - ref_w)
+    assert seen["rewards_rejected"] == pytest.approx([-0.5, 0.625])
+
+
+@pytest.mark.parametrize("name", ["four_names", "typed_dpo", "DPOCriterion"])
+def test_smoothing_is_passed_on(name):
+    seen = ask(f"losses:{name}", experiment(label_smoothing=0.2))
+    expected = [0.8 * softplus(-0.5 * h) + 0.2 * softplus(0.5 * h) for h in H]
+    assert seen["per_pair"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["four_names", "typed_dpo", "only_ipo_loss"])
+def test_ipo_is_asked_for_by_flag_by_type_or_by_name(name):
+    seen = ask(f"losses:{name}", experiment(kind="ipo"))
+    assert seen["per_pair"] == pytest.approx([(1.5 - 1.0) ** 2, (-2.0 - 1.0) ** 2])
+
+
+def test_hinge_is_asked_for_by_type():
+    assert ask("losses:typed_dpo", experiment(kind="hinge"))["per_pair"] == pytest.approx([0.25, 2.0])
+
+
+def test_simpo_is_given_log_probs_per_token():
+    four = LossExperiment(*FOUR, objective=Objective("simpo", beta=2.0, gamma=0.5), lengths=((2, 3), (5, 2)))
+    seen = ask("losses:simpo_loss", four)
+    margins = [2.0 * (-3.5 / 2 + 6.0 / 3) - 0.5, 2.0 * (-7.25 / 5 + 4.5 / 2) - 0.5]
+    assert seen["per_pair"] == pytest.approx([softplus(-m) for m in margins])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("fixed_dpo", {}, "beta 0.5: fixed_dpo has beta fixed at 0.25"),
+        ("betaless_dpo", {}, "beta 0.5: betaless_dpo has beta fixed at 1"),
+        ("short_dpo", {"label_smoothing": 0.1}, "label_smoothing: short_dpo has no such parameter"),
+        ("short_dpo", {"kind": "ipo"}, "ipo: short_dpo is sigmoid"),
+        ("only_ipo_loss", {}, "sigmoid: only_ipo_loss is ipo"),
+        ("typed_dpo", {"kind": "robust", "label_smoothing": 0.1}, "robust: typed_dpo has no such loss type"),
+        ("short_dpo", {"length_normalised": True}, "does not divide by the length"),
+        ("short_dpo", {"sft_weight": 1.0}, "sft_weight: short_dpo has no such term"),
+    ],
+)
+def test_what_a_function_cannot_be_told_is_unsupported(name, changes, says):
+    with pytest.raises(Unsupported, match=says):
+        ask(f"losses:{name}", experiment(**changes))
+
+
+@pytest.mark.parametrize(("name", "beta"), [("fixed_dpo", 0.25), ("betaless_dpo", 1.0), ("ready_criterion", 0.125)])
+def test_a_fixed_beta_is_found_and_audited_at_that_value(name, beta):
+    seen = ask(f"losses:{name}", experiment(beta=beta))
+    assert seen["per_pair"] == pytest.approx([softplus(-beta * h) for h in H])
+    assert seen["forced"][f"{name}: beta"] == repr(beta)
+
+
+def test_a_module_constant_is_put_back_after_the_call():
+    adapter = loading.load(f"{SUBJECTS / 'losses.py'}:global_dpo")
+    vectors = [torch.tensor(column, dtype=torch.float64) for column in FOUR]
+    adapter.loss(*vectors, objective=Objective(beta=0.7))
+    assert adapter.targets["loss"].function.__globals__["BETA"] == 0.1
+
+
+PI_W, PI_L, REF_W, REF_L = (np.array(column) for column in FOUR)
+WRONG = {
+    "wrong_sign_dpo": 0.5 * (PI_W - PI_L - REF_W - REF_L),
+    "wrong_twice_dpo": 0.25 * np.array(H),
+    "wrong_swapped_dpo": -0.5 * np.array(H),
+    "wrong_hard_coded_reference_dpo": 0.5 * (PI_W - PI_L),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_loss_shows_its_own_wrong_numbers(name):
+    seen = ask(f"losses:{name}", experiment())
+    assert seen["reduced"] == pytest.approx(np.mean([softplus(-m) for m in WRONG[name]]), rel=1e-12)
+
+
+def test_a_detached_side_has_a_slope_of_zero():
+    seen = ask("losses:wrong_detached_dpo", experiment())
+    assert seen["slopes"][1] == pytest.approx([0.0, 0.0])
+    assert seen["slopes"][0] == pytest.approx([-s / 2 for s in SLOPE])

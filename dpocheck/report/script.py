@@ -119,7 +119,8 @@ def train_script(
         **front(result, report, trainer),
         "imports": imports(trainer), "pasted": trainer.pasted, "train": trainer.text,
         "size": tokenizer.size, "words": wrapped("WORDS", list(tokenizer.words)), "c": scales.c, "k": scales.k,
-        "runs": run_literals(runs, report), "speaking": not silent, "glass": first.body.kind in ("glass", "clock"),
+        "runs": run_literals(runs, report, recipes=bool(trainer.pasted)), "speaking": not silent,
+        "glass": first.body.kind in ("glass", "clock"),
         "clock": first.body.kind == "clock", "hidden": tables.hidden_size(tokenizer.size, first.body),
         "layers": first.body.layers, "stored": "float64" if first.recipe.dtype == "float64" else "float32",
         "dtype": first.recipe.dtype, "dtype_name": dtype_name(report), "pad": tokenizer.pad,
@@ -229,7 +230,7 @@ def pasted(answer: dict[str, Any]) -> Trainer | None:
     alone = "dpocheck" not in "".join(row for row in kept if "import" in row)
     stand_ins = "\n".join(STAND_INS[name] for name in dict.fromkeys(names))
     glue = render("pasted.py.j2", {"attribute": answer["attribute"]}).strip()
-    return Trainer(glue, f"{stand_ins}\n\n{text}", answer.get("package") or answer["attribute"], alone)
+    return Trainer(glue, f"{stand_ins}\n\n{text}", answer.get("package"), alone)
 
 
 def imports(trainer: Trainer) -> str:
@@ -247,9 +248,11 @@ def imports(trainer: Trainer) -> str:
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-def run_literals(runs: tuple[TrainExperiment, ...], report: Report) -> str:
-    """`RUN_1 = {...}`, later runs by what differs, and `RUNS`."""
+def run_literals(runs: tuple[TrainExperiment, ...], report: Report, *, recipes: bool) -> str:
+    """`RUN_1 = {...}`, later runs by what differs, and `RUNS`; with the recipes where the script reads them."""
     records = [run_record(run, report) for run in runs]
+    if not recipes:
+        records = [{name: value for name, value in record.items() if name != "recipe"} for record in records]
     parts = [_dictionary("RUN_1", records[0], "")]
     for place, record in enumerate(records[1:], 2):
         differs = {name: value for name, value in record.items() if value != records[0][name]}
@@ -261,7 +264,7 @@ def run_literals(runs: tuple[TrainExperiment, ...], report: Report) -> str:
 def _dictionary(name: str, record: dict[str, Any], prefix: str) -> str:
     lines = [f"{name} = {prefix}{{"]
     for key, value in record.items():
-        lines += textwrap.indent(f"{key!r}: " + literal(value, WIDTH - 8), "    ").splitlines()
+        lines += textwrap.indent(f'"{key}": ' + literal(value, WIDTH - 8), "    ").splitlines()
         lines[-1] += ","
     return "\n".join([*lines, "}"])
 
@@ -294,7 +297,7 @@ def _untyped(value: Any) -> Any:
 
 
 LOGGED = ("loss", "rewards/", "logps/")
-CELLS = 16
+CELLS = 12
 
 
 def expected(run: TrainExperiment, report: Report) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,1 @@
+"""Which trainers are right though they are written differently?"""

@@ -167,7 +167,7 @@ def _curve(
         crossed = on_policy * policy[:, None] + on_reference * reference[None, :]
         value, slope = _evaluated(function, crossed, constant, theory)
         losses_ = factor * value.mean(axis=1)
-        weights = _weights(losses_, tokens, theory)
+        weights = pair_weights(losses_, tokens, theory)
         shares = factor * weights[:, None] * slope / len(policy)
         return losses_, shares.sum(axis=1) * on_policy, shares.sum(axis=0) * on_reference, crossed.diagonal(), weights
     own = on_policy * policy + on_reference * reference
@@ -176,7 +176,7 @@ def _curve(
         margins, back = {"centred": wrong.centred, "standardised": wrong.standardised}[theory.margins](own)
     value, slope = _evaluated(function, margins, constant, theory)
     losses_ = factor * value
-    weights = _weights(losses_, tokens, theory)
+    weights = pair_weights(losses_, tokens, theory)
     share = factor * weights * slope
     share = share if back is None else back(share)
     return losses_, share * on_policy, share * on_reference, own, weights
@@ -194,7 +194,7 @@ def _evaluated(function: Callable, margins: np.ndarray, constant: float, theory:
     return value, slope * inside
 
 
-def _weights(value: np.ndarray, tokens: np.ndarray, theory: Theory) -> np.ndarray:
+def pair_weights(value: np.ndarray, tokens: np.ndarray, theory: Theory) -> np.ndarray:
     """(pair,): how much each pair's loss weighs in the scalar that is differentiated.  The paper: 1/B each."""
     n = len(value)
     if theory.reduction in ("mean", "none"):

@@ -30,21 +30,21 @@ class Run:
     theory: Theory
     pairs: tuple[Sides, ...]
     earlier: Run | None = None  # the run before this one in the same folder
+    keep: bool = False
     states: dict[int, State] = field(default_factory=dict)  # step -> state
     history: list[dict] = field(default_factory=list)
     batches: dict = field(default_factory=dict)
-    start_reference: np.ndarray | None = None
 
     @property
     def size(self) -> int:
         return self.experiment.policy.size
 
-    def batch(self, pairs: tuple[Sides, ...], index: tuple[int, ...], theory: Theory | None = None) -> step.Batch:
+    def batch(self, pairs: tuple[Sides, ...], index: tuple[int, ...]) -> step.Batch:
         key = (id(pairs), index)
         if key not in self.batches:
             tokenizer = self.experiment.tokenizer
             compiled = step.compile_batch(
-                [pairs[i] for i in index], theory or self.theory, kind=self.experiment.body.kind, size=self.size,
+                [pairs[i] for i in index], self.theory, kind=self.experiment.body.kind, size=self.size,
                 eos=tokenizer.eos, pad=tokenizer.pad, index=np.array(index),
             )  # fmt: skip
             self.batches[key] = (compiled, pairs)
@@ -57,20 +57,21 @@ class Run:
 
 def train(experiment: TrainExperiment, theory: Theory = PAPER) -> TrainSeen:
     """A run in a folder of its own.  Nothing is predicted for one that resumes what is not there."""
-    return _seen(_run(experiment, theory, None))
+    return _seen(replay(experiment, theory))
 
 
 def train_in_sequence(runs: tuple[TrainExperiment, ...], theory: Theory = PAPER) -> tuple[TrainSeen, ...]:
     """Runs that share a folder: a run with `resume_from` goes on from the state that an earlier one saved."""
     seen, earlier = [], None
     for experiment in runs:
-        earlier = _run(experiment, theory, earlier)
+        earlier = replay(experiment, theory, earlier)
         seen.append(_seen(earlier))
     return tuple(seen)
 
 
-def _run(experiment: TrainExperiment, theory: Theory, earlier: Run | None) -> Run:
-    run = Run(experiment, theory, tokens.dataset(experiment, experiment.rows, theory), earlier)
+def replay(experiment: TrainExperiment, theory: Theory, earlier: Run | None = None, keep: bool = False) -> Run:
+    """Go through a run.  `earlier`: the one before it in the same folder.  `keep`: remember the state at every step."""
+    run = Run(experiment, theory, tokens.dataset(experiment, experiment.rows, theory), earlier, keep)
     recipe = experiment.recipe
     if experiment.policy is None or experiment.body.kind == "speaking":
         run.history += _first_entry(run)
@@ -85,8 +86,7 @@ def _run(experiment: TrainExperiment, theory: Theory, earlier: Run | None) -> Ru
             return run
         done = recipe.resume_from
         states[done] = _resumed(earlier.states[done], states[0], theory)
-    run.start_reference = states[done].reference
-    _replay(run, plan(len(run.pairs), recipe, theory), done)
+    _steps(run, plan(len(run.pairs), recipe, theory), done)
     return run
 
 
@@ -147,7 +147,7 @@ def _resumed(state: State, start: State, theory: Theory) -> State:
     return state
 
 
-def _replay(run: Run, plan_: Plan, done: int) -> None:
+def _steps(run: Run, plan_: Plan, done: int) -> None:
     """All steps after the first `done`.  Where the state is not determined, the history says only what is."""
     recipe, theory = run.experiment.recipe, run.theory
     exact = recipe.optimizer == "sgd" and recipe.lora is None
@@ -176,7 +176,7 @@ def _replay(run: Run, plan_: Plan, done: int) -> None:
 def _forget(run: Run, step_: int, steps: int) -> None:
     """Keep the states that can be asked for: the first, saved ones and the last."""
     every = run.experiment.recipe.save_every
-    if 0 < step_ < steps and not (every and step_ % every == 0):
+    if not run.keep and 0 < step_ < steps and not (every and step_ % every == 0):
         run.states.pop(step_, None)
 
 
@@ -185,11 +185,11 @@ def _step(run: Run, state: State, plan_: Plan, window: Window, speed: float) -> 
     shares = weights(window, plan_, theory)
     gradients, metrics = [], []
     for index, share in zip(window, shares, strict=True):
-        gradient, found = _batch(run, state, run.pairs, index, backward=True)
-        metrics.append(found)
-        gradients.append(gradient)
+        out = outcome(run, state, run.pairs, index)
+        metrics.append(out.metrics)
+        gradients.append(stacked(out.table, out.block))
         if theory.accumulation == "updates":
-            state = update(state, share * gradient, speed, recipe, theory)
+            state = update(state, share * gradients[-1], speed, recipe, theory)
     total = accumulated(gradients, shares, recipe, theory)
     logged = _over_window(metrics, [len(index) for index in window], theory)
     logged["grad_norm"] = float(np.linalg.norm(total)) * state.shrunk
@@ -198,18 +198,21 @@ def _step(run: Run, state: State, plan_: Plan, window: Window, speed: float) -> 
     return state, logged
 
 
-def _batch(
-    run: Run, state: State, pairs: tuple[Sides, ...], index: tuple[int, ...], backward: bool
-) -> tuple[np.ndarray, dict[str, float]]:
-    """The gradient, stacked like the parameters, and the metrics of one batch."""
+def outcome(
+    run: Run, state: State, pairs: tuple[Sides, ...], index: tuple[int, ...], backward: bool = True
+) -> step.BatchOut:
+    """One batch of one of the run's sets, at a state."""
     batch = run.batch(pairs, index)
     reference = _reference(run, state, batch, index, pairs)
-    out = step.run_batch(
+    return step.run_batch(
         *run.split(state.logits), reference, batch, run.experiment.recipe.objective, run.theory,
         dtype=run.experiment.recipe.dtype, backward=backward,
     )  # fmt: skip
-    gradient = out.table if out.block is None else np.concatenate([out.table, out.block])
-    return gradient, out.metrics
+
+
+def stacked(table: np.ndarray, block: np.ndarray | None) -> np.ndarray:
+    """A table's and a glass block's numbers in one array, as a state holds them."""
+    return table if block is None else np.concatenate([table, block])
 
 
 def _reference(
@@ -272,17 +275,22 @@ def _evaluations(run: Run, state: State, number: int) -> list[dict]:
 
 def _evaluate(run: Run, state: State, pairs: tuple[Sides, ...]) -> dict[str, float]:
     """Means over all pairs of a held-out set, batch by batch."""
-    width, theory = run.experiment.recipe.eval_batch, run.theory
-    batches = [tuple(range(len(pairs)))[i : i + width] for i in range(0, len(pairs), width)]
-    if theory.eval_tail == "dropped" and batches and len(batches[-1]) < width:
-        batches.pop()
-    found = [_batch(run, state, pairs, index, backward=False)[1] for index in batches]
+    theory, batches = run.theory, evaluation_batches(run, len(pairs))
+    found = [outcome(run, state, pairs, index, backward=False).metrics for index in batches]
     counts = [len(index) for index in batches]
     return {
         name: _mean([m[name] for m in found], counts,
                     (theory.eval_loss if name == "loss" else theory.eval_metrics) == "pairs")
         for name in (found[0] if found else ())
     }  # fmt: skip
+
+
+def evaluation_batches(run: Run, pairs: int) -> list[tuple[int, ...]]:
+    width = run.experiment.recipe.eval_batch
+    batches = [tuple(range(pairs))[i : i + width] for i in range(0, pairs, width)]
+    if run.theory.eval_tail == "dropped" and batches and len(batches[-1]) < width:
+        batches.pop()
+    return batches
 
 
 def _seen(run: Run) -> TrainSeen:

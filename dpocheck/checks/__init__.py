@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-CHAPTERS = ("rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options")
+CHAPTERS = (
+    "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
+    "defaults",
+)  # fmt: skip
 
 for chapter in CHAPTERS:
     importlib.import_module(f"dpocheck.checks.{chapter}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from dpocheck.derive import ONE_STEP, rows
+from dpocheck.derive import NEVER, ONE_STEP, rows  # noqa: F401  (scenes offers them to the chapters)
 from dpocheck.experiment import Body, Objective, Pair, Recipe, StepExperiment, Table, TrainExperiment
 from dpocheck.oracle.theory import Theory
 from dpocheck.probes.tokenizers import plain_words

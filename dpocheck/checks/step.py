@@ -1,23 +1,26 @@
-"""Is one optimizer step what its pairs add up to?"""
+"""Is one optimizer step what its pairs add up to, and nothing else?"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dpocheck.check import Case, Comparison, agree, check, equal, scene, worst
+import numpy as np
+
+from dpocheck.check import Case, Comparison, agree, check, equal, labels, scene, worst
 from dpocheck.checks import scenes
-from dpocheck.experiment import Objective, Recipe
+from dpocheck.experiment import Body, Objective, Recipe
 from dpocheck.oracle.theory import PAPER, Theory
 
 MEAN = "Rafailov et al. 2023, Eq. 7: the expectation over the data set is a mean over pairs"
+SGD = "theta' = theta - rate * gradient"
+BASE = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=6)
 
 
 def _even(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
-    base = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=6)
     return [
         scene(f"six pairs as {parts} micro-batches of {6 // parts}",
-              scenes.run(pairs, theory, replace(base, batch=6 // parts, accumulation=parts)), family="accumulation")
+              scenes.run(pairs, theory, replace(BASE, batch=6 // parts, accumulation=parts)), family="accumulation")
         for parts in (2, 3, 6)
     ]  # fmt: skip
 
@@ -38,7 +41,7 @@ def even(case: Case) -> Comparison:
 def _tokens(theory: Theory) -> list:
     pairs = scenes.ragged()[:4]
     objective = Objective(beta=0.5, sft_weight=1.0)
-    whole = Recipe(objective, learning_rate=scenes.ONE_STEP, batch=4)
+    whole = replace(BASE, objective=objective, batch=4)
     split = replace(whole, batch=1, accumulation=4)
     runs = (scenes.run(pairs, theory, whole), scenes.run(pairs, theory, split))
     return [scene("four pairs of unequal lengths, with an SFT term, as one batch and as four", *runs, family="sft")]
@@ -49,8 +52,131 @@ def _tokens(theory: Theory) -> list:
     claim="With an SFT term too, the gradient does not depend on how the batch is cut into micro-batches of one size.",
     source="the gradient of a mean over pairs is the mean of their gradients", covers=("ACCUM-EVEN",),
     why="The same recipe trains differently on a machine with less memory.",
-    bug="TRL 0.20 to 1.16: the sft term is a mean over the tokens of each micro-batch; gradients differ by 16 to 27 %.",
+    bug="TRL 0.20 to 1.16: the sft term is a mean over each micro-batch's tokens; gradients differ by 16 to 27 %.",
     fix="Normalise by the tokens, or the pairs, of the whole step.",
 )  # fmt: skip
 def tokens(case: Case) -> Comparison:
     return worst([equal(case, "gradient")])
+
+
+def _permuted(theory: Theory) -> list:
+    pairs = scenes.rectangular(6)
+    forward = scenes.run(pairs, theory, BASE)
+    return [scene("six pairs, and the same backwards", forward, replace(forward, rows=forward.rows[::-1]))]
+
+
+@check(
+    "STEP-PERMUTATION", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_permuted,
+    claim="The gradient of a batch does not depend on the order of its pairs.", source=MEAN,
+    covers=("STEP-PERM", "LOSS-PERM"), why="Chosen and rejected rows that are matched by position drift apart.",
+    bug="Chosen and rejected halves split as if they were interleaved.", fix="Keep the two rows of a pair together.",
+)  # fmt: skip
+def permutation(case: Case) -> Comparison:
+    return equal(case, "gradient")
+
+
+def _two_steps(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, batch=2, steps=3)
+    pairs = scenes.rectangular(4)
+    again = Recipe(Objective(beta=0.5), learning_rate=8.0, batch=4, steps=2)
+    return [
+        scene("three steps on batches of two", scenes.run(pairs, theory, recipe)),
+        scene("two steps on one batch", scenes.run(pairs, theory, again)),
+    ]
+
+
+@check(
+    "STEP-TWO", chapter="step", stage="step", level="must", needs={"train.logits"}, scenes=_two_steps, source=SGD,
+    rivals=(PAPER.but(stale="kept"), PAPER.but(reference="policy-live"), PAPER.but(momentum_extra=0.9)),
+    claim="Consecutive steps end where plain SGD on the same batches ends.",
+    covers=("STEP-TWO", "RUN-REPLAY", "RUN-LR", "RUN-DESCENT"),
+    why="One step sees neither gradients that were not cleared nor a reference that moves.",
+    bug="zero_grad forgotten: each step repeats all earlier ones.",
+    fix="Clear gradients after every step; leave the reference alone.",
+)  # fmt: skip
+def two(case: Case) -> Comparison:
+    return agree(case, "logits")
+
+
+def _one_step(theory: Theory) -> list:
+    return [scene("one step of six pairs", scenes.run(scenes.rectangular(6), theory, BASE))]
+
+
+@check(
+    "STEP-NOTHING-HIDDEN", chapter="step", stage="step", level="must", needs={"train.gradient", "train.moved"},
+    scenes=_one_step, source=SGD, rivals=(PAPER.but(weight_decay_extra=0.01),),
+    claim="With SGD and no weight decay, what has no gradient does not move.",
+    covers=("STEP-SGD", "RUN-CONSERVE"), why="Undeclared decay pulls every weight towards zero, every step.",
+    bug="AdamW's default weight decay of 0.01 left on.", fix="Pass weight decay explicitly, zero included.",
+)  # fmt: skip
+def nothing_hidden(case: Case) -> Comparison:
+    seen, paper = case.observed[0].gradient, case.predicted().gradient
+    limit = np.broadcast_to(np.asarray(case.bound("gradient")), paper.shape)
+    idle = (paper == 0) & (np.abs(seen) > limit)
+    if not idle.any():
+        return Comparison("pass", error=0.0, bound=float(limit.max()))
+    cell = tuple(int(i) for i in np.unravel_index(int(np.argmax(np.where(idle, np.abs(seen), 0))), seen.shape))
+    return Comparison(
+        "fail", error=float(abs(seen[cell])), bound=float(limit[cell]), observed=float(seen[cell]), expected=0.0,
+        where=f"{int(idle.sum())} logits without a gradient moved, among them the "
+        + labels(case.experiments[0], "gradient")(cell),
+    )  # fmt: skip
+
+
+def _clip(theory: Theory) -> list:
+    pairs = scenes.rectangular(6)
+    split = replace(BASE, batch=2, accumulation=3)
+    return [
+        scene("clipping at a fraction of the norm", scenes.run(pairs, theory, replace(BASE, clip_norm=2.0**-5)), family="clip"),
+        scene("the same over three micro-batches", scenes.run(pairs, theory, replace(split, clip_norm=2.0**-5)), family="clip"),
+    ]
+
+
+@check(
+    "CLIP-NORM", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_clip,
+    rivals=(PAPER.but(clip="ignored"), PAPER.but(clip="value")),
+    claim="Clipping scales the step's whole gradient by threshold / norm, and keeps its direction.",
+    source="Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1", covers=("CLIP-ACTIVE", "RUN-CLIP", "STEP-GRADNORM"),
+    why="Clipping each micro-batch, or each value, is another algorithm.",
+    bug="Clipping inside the accumulation loop.", fix="Clip once, after the last backward of the step.",
+)  # fmt: skip
+def clip_norm(case: Case) -> Comparison:
+    return agree(case, "gradient")
+
+
+def _no_clip(theory: Theory) -> list:
+    run = scenes.run(scenes.rectangular(6), theory, replace(BASE, clip_norm=64.0))
+    return [scene("clipping far above the norm", run, family="clip")]
+
+
+@check(
+    "CLIP-INACTIVE", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_no_clip,
+    rivals=(PAPER.but(clip="always"),), claim="Clipping does nothing below its threshold.",
+    source="Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1", covers=("CLIP-INACTIVE",),
+    why="Always normalising is another optimizer.", bug="Gradient divided by its norm at every step.",
+    fix="Scale by min(1, threshold / norm).",
+)  # fmt: skip
+def clip_inactive(case: Case) -> Comparison:
+    return agree(case, "gradient")
+
+
+def _speaking(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=0.5, batch=4)
+    run = scenes.run(scenes.rectangular(4, prompt=3, completion=3), theory, recipe, body=Body("speaking", layers=2))
+    return [scene("an ordinary small Llama, one step", replace(run, policy=None, reference=None), family="speaking")]
+
+
+@check(
+    "STEP-ALL-PARAMETERS", chapter="step", stage="step", level="must", needs={"train.moved"}, scenes=_speaking,
+    claim="Every trainable parameter that the log-probs depend on gets a gradient and moves.",
+    source="the chain rule", covers=("POL-ALLGRAD", "RUN-UPDATE-LOST"),
+    why="A frozen embedding or a detached block trains half a model.",
+    bug="Gradient checkpointing with LoRA and inputs without gradient: silently no training (TRL 0.7).",
+    fix="Look for no_grad, detach and requires_grad_(False) on the policy's path.",
+)  # fmt: skip
+def all_parameters(case: Case) -> Comparison:
+    still = sorted(name for name, change in case.observed[0].moved.items() if change == 0)
+    if still:
+        shown = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+        return Comparison("fail", observed=f"unmoved: {shown}", expected="every parameter moves")
+    return Comparison("pass", error=0.0, bound=0.0)

@@ -1,0 +1,157 @@
+"""Does a whole run see every row, repeat, resume and save what it trained?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from dpocheck.check import Case, Comparison, check, scene
+from dpocheck.checks import scenes
+from dpocheck.experiment import Objective, Recipe, Sequence
+from dpocheck.oracle.theory import Theory
+
+HALF = Objective(beta=0.5)
+
+
+def _same_digest(case: Case, what: str) -> Comparison:
+    first, second = case.observed[0].runs[0], case.observed[0].runs[-1]
+    if first.digest == second.digest:
+        return Comparison("pass", error=0.0, bound=0.0)
+    change = float("nan")
+    if first.logits is not None and second.logits is not None:
+        change = float(np.max(np.abs(first.logits - second.logits)))
+    return Comparison(
+        "fail", error=change, bound=0.0, observed=f"weights differ, logits by up to {change:.3g}",
+        expected="the same bits", where=what,
+    )  # fmt: skip
+
+
+def _twice(theory: Theory) -> list:
+    recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=6, shuffle=True, seed=7)
+    run = scenes.run(scenes.rectangular(5), theory, recipe)
+    return [scene("six shuffled steps, twice", Sequence((run, run)), family="replay")]
+
+
+@check(
+    "RUN-SAME-SEED", chapter="runs", stage="run", level="should", needs={"sequence.digest"}, scenes=_twice,
+    claim="The same recipe with the same seed gives the same bits.", source="reproducibility on one CPU",
+    covers=("RUN-DETERMINISM", "RUN-SEED"), why="A difference between two settings can then be told from chance.",
+    bug="A shuffle from a generator that nobody seeds.", fix="Derive the order from seed and epoch.",
+)  # fmt: skip
+def same_seed(case: Case) -> Comparison:
+    return _same_digest(case, "the second run")
+
+
+def resumed(theory: Theory, *, steps: int, at: int, shuffle: bool) -> Sequence:
+    """A run with a checkpoint, and the same resumed from it; Adam, so that lost moments show."""
+    recipe = Recipe(
+        HALF, optimizer="adamw", learning_rate=2.0**14, epsilon=1e-8, batch=2, steps=steps, shuffle=shuffle, seed=3,
+        save_every=at, schedule="linear",
+    )  # fmt: skip
+    whole = scenes.run(scenes.rectangular(6), theory, recipe)
+    return Sequence((whole, replace(whole, recipe=replace(recipe, resume_from=at))))
+
+
+def _resume(first: bool) -> object:
+    def build(theory: Theory) -> list:
+        steps, at = (3, 2) if first else (8, 5)
+        return [
+            scene(f"{steps} steps, {'shuffled' if shuffle else 'in order'}, resumed at {at}",
+                  resumed(theory, steps=steps, at=at, shuffle=shuffle), family="resume")
+            for shuffle in (False, True)
+        ]  # fmt: skip
+
+    return build
+
+
+RESUME = dict(
+    chapter="runs", stage="run", needs={"sequence.digest"}, source="a checkpoint holds the state of the run",
+    covers=("RUN-RESUME",), why="Long runs are interrupted; what was resumed should be what was asked for.",
+    fix="Save and restore model, optimizer, schedule, position in the data and random state; the reference is not the "
+    "checkpoint.",
+)  # fmt: skip
+
+
+@check(
+    "RUN-RESUME", level="must", scenes=_resume(True), bug="The reference re-loaded from the policy's checkpoint.",
+    claim="A run that is resumed in its first epoch ends with the same bits as one that was not interrupted.", **RESUME,
+)  # fmt: skip
+def resume(case: Case) -> Comparison:
+    return _same_digest(case, "the resumed run")
+
+
+@check(
+    "RUN-RESUME-EPOCH", level="must", scenes=_resume(False), bug="Data that start again at the first row.",
+    claim="A run that is resumed in a later epoch ends with the same bits as one that was not interrupted.", **RESUME,
+)  # fmt: skip
+def resume_epoch(case: Case) -> Comparison:
+    return _same_digest(case, "the resumed run")
+
+
+def _coverage(theory: Theory) -> list:
+    pairs = scenes.rectangular(5)
+    found = []
+    for shuffle in (False, True):
+        recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=None, epochs=1, shuffle=shuffle, seed=5)
+        name = f"one epoch over five pairs, {'shuffled' if shuffle else 'in order'}"
+        found.append(scene(name, scenes.run(pairs, theory, recipe), family="epoch"))
+    return found
+
+
+@check(
+    "RUN-COVERAGE", chapter="runs", stage="run", level="must", needs={"train.logits"}, scenes=_coverage,
+    claim="In one epoch every row is used, but for a last short batch where the trainer drops it.",
+    source="an epoch is one pass over the data", covers=("RUN-COVERAGE", "RUN-SHUFFLE"),
+    why="Rows that are never seen are preferences that are never learned.",
+    bug="HALOs gave every rank the same rows; open-instruct threw away the shuffled order.",
+    fix="Let the order be a permutation of all rows.",
+)  # fmt: skip
+def coverage(case: Case) -> Comparison:
+    start, seen = case.experiments[0].policy.logits(), case.observed[0].logits
+    pairs = scenes.rectangular(5)
+    unused = [i for i, p in enumerate(pairs) if seen[p.prompt[-1], p.chosen[0]] == start[p.prompt[-1], p.chosen[0]]]
+    allowed = 1 if case.theory.last_batch == "dropped" else 0
+    if len(unused) > allowed:
+        rows = ", ".join(str(i + 1) for i in unused)
+        return Comparison("fail", observed=f"rows without any effect: {rows}", expected="every row used", error=len(unused), bound=allowed)
+    return Comparison("pass", error=float(len(unused)), bound=float(allowed))
+
+
+def _saved(theory: Theory) -> list:
+    recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=2, save_every=1)
+    return [scene("two steps, saved after each", scenes.run(scenes.rectangular(4), theory, recipe))]
+
+
+@check(
+    "RUN-SAVED", chapter="runs", stage="run", level="must", needs={"train.saved", "train.logits"}, scenes=_saved,
+    claim="The checkpoint of the last step holds the trained policy.", source="a checkpoint is what is used later",
+    covers=("RUN-SAVE",), why="What is evaluated and deployed is the file, not the model in memory.",
+    bug="The reference saved instead of the policy; weights cast to bfloat16 on the way.",
+    fix="Save the policy, in its own dtype.",
+)  # fmt: skip
+def saved(case: Case) -> Comparison:
+    seen = case.observed[0]
+    if 2 not in seen.saved:
+        return Comparison("not-applicable", reason="no checkpoint of the last step is reported")
+    change = float(np.max(np.abs(seen.saved[2] - seen.logits)))
+    verdict = "fail" if change else "pass"
+    return Comparison(verdict, error=change, bound=0.0, observed=f"logits differ by up to {change:.3g}", expected="the same bits")
+
+
+def _evaluated(theory: Theory) -> list:
+    recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=4, shuffle=True, seed=2, eval_batch=3)
+    run = scenes.run(scenes.rectangular(5), theory, recipe)
+    held = replace(run, evaluation=(("held", run.rows),), recipe=replace(recipe, eval_every=1))
+    return [scene("four shuffled steps, without and with an evaluation after each", Sequence((run, held)), family="replay")]
+
+
+@check(
+    "EVAL-PURE", chapter="runs", stage="run", level="must", needs={"sequence.digest"}, scenes=_evaluated,
+    claim="An evaluation in between changes nothing in the training.", source="evaluation has no side effects",
+    covers=("RUN-EVAL-PURE", "REF-RNG"), why="Two runs that differ in how often they are evaluated would differ.",
+    bug="Evaluation that draws from the training's random numbers, or leaves the policy in eval mode.",
+    fix="Restore mode and random state after evaluating.",
+)  # fmt: skip
+def eval_pure(case: Case) -> Comparison:
+    return _same_digest(case, "the run with evaluations")

@@ -11,10 +11,8 @@ import fcntl
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 import uuid
@@ -77,8 +75,9 @@ class _Output:
     """The last 64 KB of a pipe, read by a thread of its own so that a writer never waits; counts what went by."""
 
     def __init__(self, fd: int) -> None:
-        self.fd, self.total, self._tail = fd, 0, bytearray()
-        self._lock = threading.Lock()
+        self.fd, self.total, self._tail, self._closed = fd, 0, bytearray(), False
+        os.set_blocking(fd, False)
+        self._lock = threading.Lock()  # held while a part is taken from the pipe and added
         self._stop_read, self._stop_write = os.pipe()
         self._thread = threading.Thread(target=self._follow, name="dpocheck-output", daemon=True)
         self._thread.start()
@@ -87,38 +86,36 @@ class _Output:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         poll.register(self._stop_read, select.POLLIN)
-        try:
-            while True:
-                ready = dict(poll.poll())
-                if self.fd in ready:
-                    part = os.read(self.fd, 1 << 20)
-                    if not part:
-                        return
-                    with self._lock:
-                        self.total += len(part)
-                        self._tail += part
-                        if len(self._tail) > 4 * KEPT:
-                            del self._tail[:-KEPT]
-                elif self._stop_read in ready:
-                    return
-        finally:
+        more = True
+        while more:
+            ready = dict(poll.poll())
+            with self._lock:
+                more = self._take() if self.fd in ready else self._stop_read not in ready
+        with self._lock:
+            self._closed = True
             os.close(self.fd)
 
+    def _take(self) -> bool:
+        """Take one part of what is waiting; False at the end of the pipe."""
+        try:
+            part = os.read(self.fd, 1 << 20)
+        except BlockingIOError:
+            return True
+        self.total += len(part)
+        self._tail += part
+        if len(self._tail) > 4 * KEPT:
+            del self._tail[:-KEPT]
+        return bool(part)
+
     def settle(self, seconds: float = 0.5) -> None:
-        """Wait until what was written before now has been read."""
+        """Take what was written before now, so that it is told with the call that wrote it."""
         until = time.monotonic() + seconds
-        while self._thread.is_alive() and time.monotonic() < until:
-            before = self.total
-            try:
-                (waiting,) = struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, b"\0" * 4))
-            except OSError:
-                return
-            if not waiting:
-                self._thread.join(0.002)  # what was just taken from the pipe is being added
-                if before == self.total:
+        with self._lock:
+            while not self._closed and time.monotonic() < until:
+                before = self.total
+                self._take()
+                if self.total == before:
                     return
-            else:
-                time.sleep(0.001)
 
     def since(self, mark: int) -> str:
         with self._lock:
@@ -132,7 +129,7 @@ class _Output:
         """Read what is left, then stop, also if a stray descendant still holds the pipe."""
         if self._stop_write < 0:
             return
-        self._thread.join(0.05)
+        self.settle()
         os.write(self._stop_write, b"x")
         self._thread.join(2.0)
         os.close(self._stop_write)

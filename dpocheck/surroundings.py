@@ -272,8 +272,8 @@ class _Output:
         self.copies = {fd: _copy_of(fd) for fd in (1, 2)}
 
     def read(self) -> tuple:
-        closed = [bool(getattr(getattr(sys, name), "closed", True)) for name in self.streams]
-        return [id(getattr(sys, name)) for name in self.streams], closed, _identity(1), _identity(2)
+        right = [getattr(sys, name, None) is ours and not ours.closed for name, ours in self.streams.items() if ours]
+        return right, _identity(1), _identity(2)
 
     def restore(self, _: tuple) -> None:
         for fd, copy in self.copies.items():

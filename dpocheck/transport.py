@@ -188,11 +188,10 @@ class Worker:
             raise wait.died(f"answered call {reply.get('call')!r} where call {number} was asked")
         self.last_changes += tuple(printable(str(line), 300) for line in reply.get("changes", ()))
         self._tainted |= any(line.startswith(("thread:", "process:")) for line in self.last_changes)
-        if "error" in reply:
-            self._process.output.settle()
-            self.output = self._process.output.since(mark)
-            raise SubjectError(reply["error"], self.output)
+        self._process.output.settle()
         self.output = self._process.output.since(mark)
+        if "error" in reply:
+            raise SubjectError(reply["error"], self.output)
         return reply["payload"], out
 
     def _send(self, frame: bytes, wait: _Wait) -> None:

@@ -41,10 +41,12 @@ def functions(label: str, owner: Any, home: str = "") -> Watched:
     A wrapper that code below the folder `home` puts around the old function is accepted: torch wraps
     `torch.manual_seed` when its compiler is first imported.
     """
+    # Of a class what it inherits too: a patch of that is a new name in the class itself, which is removed.
+    named = dir(owner) if isinstance(owner, type) else list(vars(owner))
     known = [
         name
-        for name, value in vars(owner).items()
-        if (callable(value) or isinstance(value, staticmethod | classmethod | property))
+        for name in named
+        if _is_function(vars(owner)[name] if name in vars(owner) else getattr(owner, name, None))
         and (not name.startswith("_") or name.endswith("__"))
     ]
 
@@ -54,7 +56,9 @@ def functions(label: str, owner: Any, home: str = "") -> Watched:
 
     def restore(before: _Functions) -> None:
         for name in before.differing(read()):
-            if before.by_name[name] is not ABSENT:
+            if before.by_name[name] is ABSENT:
+                delattr(owner, name)
+            else:
                 setattr(owner, name, before.by_name[name])
 
     def tell(before: _Functions, after: _Functions) -> list[str]:
@@ -85,6 +89,10 @@ class _Functions:
         return isinstance(after, _Functions) and not self.differing(after)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) or isinstance(value, staticmethod | classmethod | property)
 
 
 def _wraps(new: Any, old: Any) -> bool:

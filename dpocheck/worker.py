@@ -138,11 +138,11 @@ class _Loop:
                     module, _, name = self.handler.partition(":")
                     self.handle = getattr(importlib.import_module(module), name)
                 answer, out = self.handle(op, payload, arrays, self.state)
-                wire.encode(answer, out)  # a reply that cannot be sent is an error of this call
-                return {"payload": answer}, out
             finally:
                 self.replaced = self.surroundings.restore_builtins()
                 _signal(signal.SIGINT, signal.SIG_IGN)
+            wire.encode(answer, out)  # a reply that cannot be sent is an error of this call
+            return {"payload": answer}, out
         except BaseException as raised:
             self.only_here()
             return {"error": failure.describe(raised, self.subject, self.state)}, {}

@@ -180,7 +180,7 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
         elif n.lower() in ("y", "labels"):
             roles[n] = "labels"
     given = set(roles.values())
-    if ("model" in given) == ("logits" in given) or len(roles) != len(given):
+    if given >= {"model", "logits"} or not (owner or given & {"model", "logits"}) or len(roles) != len(given):
         return None
     for n in plain:
         spare = "completion" if "completion" not in given and not (given >= {"labels", "ids"}) else "attention"

@@ -1,0 +1,134 @@
+"""Sums of log-probs as people write them; honest unless the name says otherwise."""
+
+import torch
+import torch.nn.functional as F
+
+
+def get_batch_logps(logits, labels, average_log_prob=False):
+    labels = labels[:, 1:].clone()
+    counted = labels != -100
+    labels[labels == -100] = 0
+    each = logits[:, :-1].log_softmax(-1).gather(2, labels.unsqueeze(2)).squeeze(2)
+    total = (each * counted).sum(-1)
+    return total / counted.sum(-1) if average_log_prob else total
+
+
+def logps_and_count(logits, labels, label_pad_token_id=-100):
+    labels = labels[:, 1:].clone()
+    mask = labels.ne(label_pad_token_id)
+    labels = labels.masked_fill(~mask, 0)
+    return (torch.gather(logits[:, :-1].log_softmax(-1), 2, labels[..., None])[..., 0] * mask).sum(1), mask.sum(1)
+
+
+def cross_entropy_logps(logits, labels):
+    shifted = logits[..., :-1, :].transpose(1, 2)
+    return -F.cross_entropy(shifted, labels[..., 1:], reduction="none").sum(-1)
+
+
+def masked_logprobs(logits, labels, selection_mask=None):
+    tokens = labels[:, 1:]
+    each = torch.gather(F.log_softmax(logits[:, :-1], dim=-1), -1, tokens.unsqueeze(-1)).squeeze(-1)
+    return (each * selection_mask[:, 1:]).sum(-1)
+
+
+def response_logprob(model, input_ids, attn_mask, response_mask):
+    logits = model(input_ids, attention_mask=attn_mask).logits[:, :-1]
+    each = torch.log_softmax(logits, dim=-1).gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    return (each * response_mask[:, 1:]).sum(dim=-1)
+
+
+def raw_model_logp(model, ids, mask):
+    """For a model that returns logits, as nanoGPT's do."""
+    logits = model(ids)
+    each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (each * mask[:, 1:]).sum(1)
+
+
+def tuple_model_logp(model, x, response_mask):
+    """For a model that returns logits and a loss."""
+    logits, _ = model(x)
+    return (logits[:, :-1].log_softmax(-1).gather(-1, x[:, 1:, None])[..., 0] * response_mask[:, 1:]).sum(1)
+
+
+def labelled_logp(model, input_ids, attention_mask, labels):
+    out = model(input_ids=input_ids, attention_mask=attention_mask)["logits"]
+    return get_batch_logps(out, labels)
+
+
+def prompt_length_logp(logits, labels, prompt_lengths, attention_mask):
+    each = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None]).squeeze(2)
+    place = torch.arange(1, labels.shape[1])
+    return (each * (place >= prompt_lengths[:, None]) * attention_mask[:, 1:]).sum(1)
+
+
+def premoved_logps(logits, y, completion_mask):
+    """Its caller moves logits and tokens, see below."""
+    return (logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * completion_mask).sum(-1)
+
+
+def caller(model, ids, mask):
+    return premoved_logps(model(ids).logits[:, :-1], ids[:, 1:], mask[:, 1:])
+
+
+def token_logps(model, input_ids, attention_mask, labels):
+    """One number a token: what is not completion is left in, as in a per-token log-prob."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+
+
+def sequence_logprob(model, prompt_ids, completion_ids):
+    ids = torch.cat([prompt_ids, completion_ids], dim=-1)
+    logits = model(ids).logits
+    total = 0.0
+    for place in range(prompt_ids.shape[-1], ids.shape[-1]):
+        total = total + logits[:, place - 1].log_softmax(-1)[0, ids[0, place]]
+    return total
+
+
+def prefix_logp(model, input_ids, prompt_len):
+    """One sequence, without padding: the length of its prompt is a number."""
+    each = model(input_ids).logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return each[:, prompt_len - 1 :].sum()
+
+
+class Scorer:
+    pad_token_id = 0
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+
+    def batch_log_probs(self, input_ids, attention_mask, response_mask):
+        return response_logprob(self.model, input_ids, attention_mask, response_mask)
+
+    def compute_logprobs(self, model, input_ids, attention_mask, response_mask):
+        return response_logprob(model, input_ids, attention_mask, response_mask)
+
+
+# ------------------------------------------------------------------------------------------------------------- wrong
+
+
+def wrong_unmoved_logps(logits, labels):
+    """Scores each token with the logits after it; nothing in the file moves anything for it."""
+    mask = labels != -100
+    return (logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0] * mask).sum(1)
+
+
+def wrong_mean_logp(model, input_ids, attn_mask, response_mask):
+    """The mean, not the sum."""
+    logits = model(input_ids, attention_mask=attn_mask).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (each * response_mask[:, 1:]).sum(1) / response_mask[:, 1:].sum(1)
+
+
+def wrong_mask_logp(model, input_ids, attn_mask, response_mask):
+    """Its mask is one place late: the first completion token is lost and no last one gained."""
+    logits = model(input_ids, attention_mask=attn_mask).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (each * response_mask[:, :-1]).sum(1)
+
+
+def wrong_all_logp(model, input_ids, attn_mask, response_mask):
+    """The prompt is counted too."""
+    logits = model(input_ids, attention_mask=attn_mask).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return (each * attn_mask[:, 1:]).sum(1)

@@ -41,7 +41,8 @@ class CommandSubject:
     def __init__(self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path) -> None:
         self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
         self.name, self.says, self.precision = file.name, file.says, file.dtype
-        self.digits = file.log.digits if file.log else None
+        self.digits = file.log.digits if file.log else None  # significant digits of the metrics
+        self.moves = file.update.moves  # the only tensors that the trainer says it trains; empty: all
         self.places = _places(file)
         self.forced = _fixed(file)
         self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())

@@ -95,7 +95,7 @@ def _reference_reasons(file: CommandFile, experiment: TrainExperiment) -> Iterat
     how, other = file.reference.how, experiment.reference not in (None, experiment.policy)
     if other and how not in ("option", "resume"):
         words_ = {"steps": "it has no option, only the steps of a run away from it",
-                  "adapter-off": "it is the base model without the adapter", "none": "it has no option"}  # fmt: skip
+                  "adapter-off": "it is the model without the adapter", "none": "it has no option"}  # fmt: skip
         yield f"another reference than the policy cannot be handed over: {words_[how]}"
     if other and how == "resume" and experiment.recipe.resume_from is not None:
         yield "another reference is handed over by resuming, so that this run cannot resume another"

@@ -60,7 +60,7 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
 
     options = _options(subject, out, chosen)
     with refusals():
-        expected = load(known, {id: check.version for id, check in catalogue().items()}) if known else ()
+        expected = load(known, _versions()) if known else ()
         if only_list:
             _planned(runner.planned(options))
             return
@@ -92,7 +92,7 @@ def explain(id: str) -> None:
     from dpocheck.explain import explain as text
 
     with refusals():
-        click.echo(text(catalogue()[known_id(id)]), nl=False)
+        click.echo(text(questions().get(id.upper()) or catalogue()[known_id(id)]), nl=False)
 
 
 @cli.command()
@@ -107,7 +107,8 @@ def replay(stored: str, out: Path | None) -> None:
     with refusals():
         path = store.find(stored, [out] if out else [Path("out")])
         data = store.read(path)
-        known_id(data["check"]["id"])
+        if data["check"]["id"] not in _versions():
+            known_id(data["check"]["id"])
         result = runner.replay(data)
     _replayed(path, data, result)
 
@@ -162,6 +163,18 @@ def catalogue() -> dict[str, Any]:
     from dpocheck.check import CHAPTERS, CHECKS
 
     return dict(sorted(CHECKS.items(), key=lambda item: CHAPTERS.index(item[1].chapter)))
+
+
+def questions() -> dict[str, Any]:
+    """The choices that sources leave open, which an audit asks for before its checks, by id."""
+    from dpocheck.conventions import QUESTIONS
+
+    return {question.id: question for question in QUESTIONS}
+
+
+def _versions() -> dict[str, int]:
+    """Every id that a result can carry, with its version."""
+    return dict.fromkeys(questions(), 1) | {id: check.version for id, check in catalogue().items()}
 
 
 def known_id(id: str) -> str:
@@ -224,10 +237,11 @@ def _setting(text: str, name: str, value: str, kind: str) -> float | bool:
 
 def _left_out(options: Any) -> set[str]:
     """Ids the person did not ask for: their known failures are neither seen nor stale."""
-    return {
-        id for id, check in catalogue().items()
-        if (options.only and id not in options.only) or (options.tier == "quick" and check.tier != "quick")
-    }  # fmt: skip
+    asked = set() if options.only else set(questions())
+    for id, check in catalogue().items():
+        if id in options.only or (not options.only and (options.tier == "full" or check.tier == "quick")):
+            asked.add(id)
+    return set(_versions()) - asked
 
 
 @contextlib.contextmanager

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from dpocheck.check import CHAPTERS, Check
 from dpocheck.report.words import CHAPTERS as TITLES
 from dpocheck.report.words import line, plural
 
+if TYPE_CHECKING:
+    from dpocheck.conventions import Question
+    from dpocheck.oracle.theory import Theory
+
 WIDTH = 100
 LABEL = 14
 
 
-def explain(check: Check) -> str:
-    """Everything that the catalogue says of one check."""
+def explain(check: Check | Question) -> str:
+    """Everything that the catalogue says of one check, or of a question that an audit asks before them."""
+    if not isinstance(check, Check):
+        return _question(check)
     title = TITLES.get(check.chapter, check.chapter)
     lines = [f"{check.id} · {check.level} · version {check.version} · tier {check.tier} · chapter {title}", ""]
     lines += textwrap.wrap(check.claim, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
@@ -34,7 +41,17 @@ def explain(check: Check) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _changes(theory) -> str:
+def _question(question: Question) -> str:
+    title = TITLES.get(question.chapter, question.chapter)
+    lines = [f"{question.id} · info · asked before the checks · chapter {title}"]
+    lines += ["", "  The papers leave this open; what the trainer does is reported, and later predictions follow it:"]
+    lines += [f"    {question.field} = {value}: {line(words)}" for value, words in question.words.items()]
+    if question.says:
+        lines.append(f"  Where the adapter's `says.{question.says}` promises one of them, another is a failure.")
+    return "\n".join(lines) + "\n"
+
+
+def _changes(theory: Theory) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in theory.differs().items())
 
 

@@ -124,7 +124,8 @@ def _header(report: Report) -> Iterable[object]:
     yield Text("   ".join(parts), "bold")
     if header.forced:
         settings = ", ".join(f"{line(name)}={line(value)}" for name, value in header.forced.items())
-        yield _wrapped("forced by the adapter, not what people run: ", settings)
+        said = "forced by the adapter, not what people run: " if header.adapter_lines != 0 else "audited as: "
+        yield _wrapped(said, settings)
     for stub in header.stubs:
         yield _wrapped("stub: ", line(stub))
 
@@ -137,7 +138,9 @@ def _chapters(report: Report) -> Iterable[object]:
         if result.chapter != KNOWN_CHAPTER:
             chapters.setdefault(result.chapter, []).append(result)
     names = [name for name in ORDER if name in chapters] + [name for name in chapters if name not in ORDER]
-    longest = max((len(rows) for rows in chapters.values()), default=0)
+    idle = [name for name in names if {r.verdict for r in chapters[name]} == {"not-applicable"}]
+    names = [name for name in names if name not in idle]
+    longest = max((len(chapters[name]) for name in names), default=0)
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_column(min_width=11, no_wrap=True)
     table.add_column(min_width=min(longest, PER_LINE) * 2 - 1)
@@ -147,14 +150,19 @@ def _chapters(report: Report) -> Iterable[object]:
         results = chapters[name]
         marks = Text(" ").join(Text(MARKS[r.verdict], STYLES.get(r.verdict, "")) for r in results)
         table.add_row(Text("  " + line(CHAPTERS.get(name, name))), marks, Text(str(len(results))), _legend(results))
-    yield table
+    if names:
+        yield table
+    if idle:
+        count = sum(len(chapters[name]) for name in idle)
+        titles = ", ".join(line(CHAPTERS.get(name, name)) for name in idle)
+        yield _wrapped("  not applicable: ", f"{titles} ({plural(count, 'check')})", "dim")
 
 
 def _legend(results: list[Result]) -> Text:
     """What the marks other than ✔ and ✘ of one line mean, with their number."""
     counts = Counter(result.verdict for result in results)
     words = {
-        "info": "convention observed", "not-applicable": "not applicable", "blocked": "blocked by an earlier failure",
+        "info": "convention observed", "not-applicable": "not applicable", "blocked": "blocked",
         "expected-fail": "known", "unexpected-pass": "passes unexpectedly", "error": "error", "unknown": "undecided",
     }  # fmt: skip
     parts = []

@@ -122,11 +122,11 @@ def ordered(results: tuple[Result, ...]) -> list[Result]:
     from dpocheck.check import LEVELS
     from dpocheck.check import STAGES as STAGE_ORDER
 
-    def rank(result: Result) -> tuple[int, int, str]:
+    def rank(result: Result) -> tuple[int, int]:
         stage = STAGE_ORDER.index(result.stage) if result.stage in STAGE_ORDER else len(STAGE_ORDER)
-        return LEVELS.index(result.level) if result.level in LEVELS else len(LEVELS), stage, result.id
+        return LEVELS.index(result.level) if result.level in LEVELS else len(LEVELS), stage
 
-    return sorted(results, key=rank)
+    return sorted(results, key=rank)  # stable: within a stage, the order of the catalogue
 
 
 def stages(report: Report, result: Result) -> str:

@@ -107,6 +107,8 @@ def fake(monkeypatch, tmp_path) -> Fake:
     monkeypatch.setitem(sys.modules, "dpocheck.runner", module)
     monkeypatch.setattr(dpocheck, "runner", module, raising=False)
     monkeypatch.setattr(cli, "catalogue", lambda: CHECKS)
+    monkeypatch.setattr(cli, "questions", dict)
+    monkeypatch.setattr("dpocheck.explain.Check", Declared)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -255,7 +257,7 @@ KNOWN = '[[expect]]\nid = "LOSS-MONOTONE"\nversion = 1\nreason = "known"\n'
         (["mine", "--tier", "slow"], "'slow' is not one of 'quick', 'full'"),
         (["mine", "--timeout", "0"], "0.0 is not in the range x>0"),
         (["mine", "--seed", "x"], "'x' is not a valid integer"),
-        (["mine", "--objective", "sigmoids"], "no loss is called 'sigmoids'; did you mean sigmoid or simpo?; known: sigmoid"),
+        (["mine", "--objective", "sigmoids"], "no loss is called 'sigmoids'; did you mean sigmoid or simpo?; known:"),
         (["mine", "--objective", "ipo,bta=1"], "cannot read 'bta=1'; did you mean beta"),
         (["mine", "--objective", "ipo,beta=x"], "beta is 'x'; it must be a number"),
         (["mine", "--objective", "ipo,beta=1,beta=2"], "beta is given twice"),

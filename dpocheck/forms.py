@@ -21,6 +21,7 @@ LOSS_NAME = re.compile(r"loss|dpo|ipo|slic|hinge|simpo|preference|forward|__call
 LOGPS_NAME = re.compile(r"log_?p|log_?prob|log_?lik|logps|likelihood", re.I)
 STEP_NAME = re.compile(r"step|loss|train|update|dpo|forward|backward|objective", re.I)
 NOT_STEP = re.compile(r"eval|valid|accura|metric|generat|sample|collate|log_|plot|save|prepare|load", re.I)
+OTHER = re.compile(r"(?:^|_)(kto|orpo|ppo|grpo|cpo|rso|bco)(?=_|$)")
 CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
 
 
@@ -55,6 +56,9 @@ def recognise(name: str, parameters: tuple[Parameter, ...], *, asked: bool = Tru
     `asked`: it was named by a person, so that its name need not say what it is.  `owner`: the class it is a
     method of; a step's models may then stand in its attributes.
     """
+    other = OTHER.search(name.lower())
+    if other:
+        return Refusal(f"{other[1]} is not a loss of pairs that is audited here")
     usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
     options = tuple((option(p.name), p.name) for p in usable if option(p.name))
     rest = tuple(p for p in usable if not option(p.name))

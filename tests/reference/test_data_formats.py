@@ -36,6 +36,7 @@ def share(role, text):
         ("chat", {"prompt": [U], "chosen": A, "rejected": B}),
         ("chat", {"prompt": "hi", "chosen": [U, A], "rejected": [U, B]}),
         ("chat", {"prompt": [U], "chosen": [U, A], "rejected": [U, B]}),
+        ("chat", {"prompt": [U], "chosen": [U, A], "rejected": [B]}),
         ("chat, implicit prompt", {"chosen": [U, A], "rejected": [U, B]}),
         ("chat, implicit prompt", {"chosen": [U, A], "rejected": [U, B], "score_chosen": 8.5, "messages": [U, A]}),
         (
@@ -82,6 +83,15 @@ def test_tools_reach_the_template_as_list_or_as_json(tools):
     row = {"prompt": [U], "chosen": [A], "rejected": [B], "tools": tools}
     pair = load_pairs([row], tokenizer, max_length=None).pairs[0]
     assert text_of(tokenizer, pair.prompt) == "[clock]" + ASKED
+
+
+def test_keys_of_messages_reach_the_template_but_null_ones_do_not():
+    named = "{% if 'name' in m %}{{ m.name }}:{% endif %}{{ m.content }}"  # as templates ask for tool calls
+    tokenizer = byte_bpe(eos="<|im_end|>", template=CHATML.replace("{{ m.content }}", named))
+    row = {"prompt": [{**U, "name": "Ann"}], "chosen": [{**A, "name": None}], "rejected": [B]}
+    pair = load_pairs([row], tokenizer, max_length=None).pairs[0]
+    assert text_of(tokenizer, pair.prompt).startswith("<|im_start|>user\nAnn:hi")
+    assert text_of(tokenizer, pair.chosen) == "yes<|im_end|>\n"
 
 
 def test_turns_that_both_completions_share_belong_to_the_prompt():

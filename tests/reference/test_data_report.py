@@ -4,10 +4,12 @@ import json
 
 import pytest
 from data_tokenizers import CHATML, byte_bpe, word_level
+from tokenizers.normalizers import Replace
 
 from reference_impl.data import load_pairs
 from reference_impl.datareport import length_bias, lengths
 from reference_impl.show import list_rows, show_pair
+from reference_impl.tokens import tokenizer_hash
 
 WORDS = "a b c d e f g"
 
@@ -45,7 +47,10 @@ def test_duplicates_and_contradictions_are_counted_by_tokens():
 
 
 def test_prompt_and_completion_are_not_confused_when_counting_repeats():
-    assert report([row("a b", " c", " d"), row("a", " b c", " b d")]).duplicates == 0
+    # The same tokens in a row, a b c EOS d EOS, parted elsewhere.
+    rows = [row("a b", " c", " d"), row("a", " b c", " d")]
+    assert report(rows).duplicates == 0
+    assert fingerprint(rows[:1]) != fingerprint(rows[1:])
 
 
 def test_length_statistics_by_hand():
@@ -95,6 +100,14 @@ def test_tokens_that_do_not_decode_to_the_text_are_counted():
     found = report([row("a", " b", " zebra"), row("a", " b", " c")])
     assert (found.not_round_trip, found.spacing_only) == (1, 0)
     assert any("1 pairs do not decode to their text" in s for s in found.lines())
+
+
+def test_white_space_that_the_tokenizer_normalises_is_no_lost_text():
+    tokenizer = word_level(WORDS)
+    tokenizer.backend_tokenizer.normalizer = Replace("  ", " ")
+    found = load_pairs([row("a", "  b", " c"), row("a", " b", " d")], tokenizer, max_length=None).report
+    assert (found.not_round_trip, found.spacing_only) == (0, 1)
+    assert "1 pairs decode to their text but for white space" in found.lines()
 
 
 def test_the_report_is_json_with_every_note():
@@ -147,6 +160,13 @@ BASE = [row("a", " b", " c d"), row("b", " c", " d")]
 
 def fingerprint(rows=BASE, tokenizer=None, **settings):
     return load_pairs(rows, tokenizer or word_level(WORDS), **{"max_length": 8} | settings).fingerprint
+
+
+def test_the_hash_of_a_tokenizer_is_not_changed_by_using_it():
+    tokenizer = word_level(WORDS)
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a b c"], padding="max_length", max_length=2, truncation=True)
+    assert tokenizer_hash(tokenizer) == before
 
 
 def test_the_same_load_has_the_same_fingerprint():

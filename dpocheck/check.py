@@ -20,7 +20,6 @@ from dpocheck.experiment import Experiment, LossExperiment, TrainExperiment
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.reading import entries
-from dpocheck.tolerances import bound
 
 CHAPTERS = (
     "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
@@ -78,6 +77,7 @@ class Case:
     precision: float = 2.0**-24
     rivals: tuple[Theory, ...] = ()  # wrong theories that this input must tell from the paper, or it proves nothing
     predict: Callable[[Experiment, Theory], Seen] = field(default=None, repr=False)  # type: ignore[assignment]
+    limit: Callable[[Experiment, str, Theory, float], Any] = field(default=None, repr=False)  # type: ignore[assignment]
 
     def predicted(self, index: int = 0, theory: Theory | None = None) -> Any:
         """The oracle's answer to experiment `index`, under the conventions found for this subject."""
@@ -89,7 +89,7 @@ class Case:
 
     def bound(self, name: str, index: int = 0) -> np.ndarray | float:
         """The largest deviation of a correct subject in the observable `name`."""
-        derived = bound(self.experiments[index], name, self.predicted(index), self.precision)
+        derived = self.limit(self.experiments[index], name, self.theory, self.precision)
         return derived + self.observed[index].floor.get(name, 0.0)
 
 

@@ -30,7 +30,7 @@ from dpocheck.reading import entries
 
 STILL = 2.0**-30  # a learning rate, in logits, that moves no float32 weight: the run only shows its log
 ONE_STEP = 2.0**14  # a rate so large that the rounding of the weights disappears in (before - after) / rate
-NEVER = -(2.0**14)  # a logit whose probability is exactly zero in every dtype
+NEVER = -128.0  # a logit whose probability is zero: e^-128 vanishes beside one, and a bound that holds for |logit| stays small
 CAPABILITY = {
     LossExperiment: "loss", LogpExperiment: "sequence_logps", StepExperiment: "step", TrainExperiment: "train",
 }  # fmt: skip

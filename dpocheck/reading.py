@@ -14,6 +14,8 @@ from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Step
 from dpocheck.observation import LogpSeen, LossSeen, Seen, StepSeen, TrainSeen
 from dpocheck.probes import tables
 
+NEVER = -100.0  # logits below it stand for probability zero
+
 KIND: dict[type, type[Seen]] = {
     LossExperiment: LossSeen, LogpExperiment: LogpSeen, StepExperiment: StepSeen, TrainExperiment: TrainSeen,
 }  # fmt: skip
@@ -56,12 +58,28 @@ def _train(
             fields["gradient"] = tables.logits(change, size, recipe.dtype) / recipe.learning_rate
             if experiment.body.kind in ("glass", "clock"):
                 fields["attended"] = tables.attended(change, size, recipe.dtype) / recipe.learning_rate
+        fields["floor"] = leak(fields["logits"], tables.logits(start, size, recipe.dtype), experiment)
         fields["saved"] = {
             int(name.removeprefix("saved.")): tables.logits(array, size, recipe.dtype)
             for name, array in arrays.items()
             if name.startswith("saved.")
         }
     return TrainSeen(via=via, spies=payload.get("spies", {}), **fields)
+
+
+def leak(after: np.ndarray, before: np.ndarray, experiment: TrainExperiment) -> dict[str, float]:
+    """How far the logits of a probe are from those of a table once it has trained for several steps.
+
+    Beside the head, the final norm moves by (change * H * logit / k^4) and the embedding by (change * logit / (k c)^2),
+    both relative; each then acts on the logits' own change.  The first gradient is exact.
+    """
+    recipe, size = experiment.recipe, experiment.tokenizer.size
+    if recipe.steps == 1:
+        return {}
+    scale, moved = tables.scales(recipe.dtype), float(np.max(np.abs(after - before)))
+    high = float(np.max(np.abs(before), where=before > NEVER, initial=1.0)) + moved
+    hidden = tables.hidden_size(size, experiment.body)
+    return {"logits": moved * moved * high * (hidden * high / scale.k**4 + size / (scale.k * scale.c) ** 2)}
 
 
 def _units(entry: dict[str, Any], k: float) -> dict[str, Any]:

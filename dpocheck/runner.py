@@ -23,6 +23,7 @@ from dpocheck.oracle.theory import Theory
 from dpocheck.result import Header, Report, Result
 from dpocheck.session import Session
 from dpocheck.subject import Subject
+from dpocheck.tolerances import bound
 
 __all__ = ["Options", "Progress", "UsageError", "planned", "run"]
 
@@ -80,7 +81,7 @@ def _audit(
         results += conventions.resolve(subject, cached_predict)
     elif subject.capabilities:
         conventions.resolve(subject, cached_predict)
-    session = Session(subject, cached_predict, tier=options.tier, blocking=not options.only)
+    session = Session(subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only)
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))
@@ -115,6 +116,12 @@ def planned(options: Options) -> list[tuple[Check, str | None]]:
 def cached_predict(experiment: Experiment, theory: Theory) -> Seen:
     """The oracle's prediction, remembered: experiments and theories are plain data."""
     return predict(experiment, theory)
+
+
+@lru_cache(maxsize=4096)
+def cached_bound(experiment: Experiment, name: str, theory: Theory, precision: float) -> Any:
+    """The derived bound of an observable, remembered."""
+    return bound(experiment, name, cached_predict(experiment, theory), precision, theory)
 
 
 def header(subject: Subject, options: Options) -> Header:

@@ -20,7 +20,9 @@ KIND = {
     Sequence: "sequence",
 }  # fmt: skip
 ORDER = ("fail", "error", "unknown", "info", "pass", "blocked", "not-applicable")
+EVERY = "*"  # every family
 Predict = Callable[[Experiment, Theory], Seen]
+Limit = Callable[[Experiment, str, Theory, float], Any]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ class Outcome:
 class Session:
     """The checks of one audit, one after the other, and what blocks what.
 
-    The first stage at which a `must` check fails blocks later stages of the same scene family, so that one bug gives
-    one failure.  `blocking=False` for single checks and for the kill matrix.
+    The first `must` check that fails blocks those that come after it in the same scene family, so that one bug gives
+    one failure.  What fails in the plain family up to the gradient blocks every family: all scenes are made of it.
+    `blocking=False` for single checks and for the kill matrix.
     """
 
-    def __init__(self, subject: Subject, predict: Predict, *, tier: str = "quick", blocking: bool = True) -> None:
-        self.subject, self.predict, self.tier, self.blocking = subject, predict, tier, blocking
-        self.failed: dict[str, tuple[str, int]] = {}
+    def __init__(
+        self, subject: Subject, predict: Predict, limit: Limit, *, tier: str = "quick", blocking: bool = True
+    ) -> None:
+        self.subject, self.predict, self.limit = subject, predict, limit
+        self.tier, self.blocking = tier, blocking
+        self.failed: dict[str, str] = {}  # scene family -> the check that failed first
 
     def result(self, check: Check) -> Result:
         began = time.perf_counter()
@@ -56,15 +62,16 @@ class Session:
             Comparison("not-applicable", reason="no scene for this subject"), Scene("none", ())
         )  # fmt: skip
         if told.comparison.verdict == "fail" and check.level == "must":
-            self.failed.setdefault(told.scene.family, (check.id, STAGES.index(check.stage)))
+            self.failed.setdefault(told.scene.family, check.id)
+            if told.scene.family == "plain" and STAGES.index(check.stage) <= STAGES.index("gradient"):
+                self.failed.setdefault(EVERY, check.id)
         return report(check, told, time.perf_counter() - began)
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
         """Observe one scene and judge it."""
-        blocker = self.failed.get(scene.family)
-        if self.blocking and blocker and blocker[1] < STAGES.index(check.stage):
-            reason = f"{blocker[0]} failed at an earlier stage"
-            return Outcome(Comparison("blocked", reason=reason), scene, blocked_by=blocker[0])
+        blocker = self.failed.get(EVERY) or self.failed.get(scene.family)
+        if self.blocking and blocker:
+            return Outcome(Comparison("blocked", reason=f"{blocker} failed before"), scene, blocked_by=blocker)
         observed = []
         for experiment in scene.experiments:
             seen = self.subject.observe(experiment)
@@ -76,7 +83,7 @@ class Session:
         case = Case(
             scene.experiments, tuple(observed), self.subject.theory, self.subject.says,
             max(self.subject.precision(experiment) for experiment in scene.experiments),
-            check.rivals, self.predict,
+            check.rivals, self.predict, self.limit,
         )  # fmt: skip
         try:
             comparison = check.judge(case)

@@ -16,7 +16,7 @@ REWARD = "Rafailov et al. 2023, section 4: r(x, y) = beta * log(pi_theta(y|x) / 
 def _batches(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=3, steps=2)
-    return [scene("six pairs in two batches", scenes.run(pairs, theory, recipe))]
+    return [scene("six pairs in two batches", scenes.run(pairs, theory, recipe), family="metrics")]
 
 
 def _metric(id: str, names: tuple[str, ...], claim: str, bug: str, rivals: tuple[Theory, ...]) -> None:
@@ -64,9 +64,10 @@ def _evaluation(theory: Theory) -> list:
     held = (("held", run.rows),)
     whole = replace(run, evaluation=held)
     return [
-        scene(f"eight held-out pairs in batches of {size}", replace(whole, recipe=replace(recipe, eval_batch=size)))
+        scene(f"eight held-out pairs in batches of {size}", replace(whole, recipe=replace(recipe, eval_batch=size)),
+              family="evaluation")
         for size in (3, 5)
-    ]
+    ]  # fmt: skip
 
 
 @check(

@@ -36,7 +36,12 @@ def recovered(case: Case) -> Comparison:
     best = bradley_terry(BETA, True)[1]
     replay = _log_softmax(case.predicted().logits[0, nodes])
     seen = _log_softmax(case.observed[0].logits[0, nodes])
-    noise = 2 * float(np.max(case.bound("logits")))
+    # On this table SGD never moves two starting points apart (rate <= 4 / beta^2), so errors add up and do not grow:
+    # each step adds its rate times the error of a gradient, and two roundings of the logits.
+    step = bradley_terry(BETA, False)[0]
+    size = np.abs(case.predicted().logits[0, nodes]).max()
+    single = np.max(case.limit(step, "gradient", case.theory, case.precision))
+    noise = 2 * STEPS * float(RATE * single + 2 * case.precision * size)
     limit = noise + float(np.max(np.abs(replay - best)))  # what sixty exact steps leave, and the rounding of them
     for wrong in case.rivals:
         other = _log_softmax(case.rival(**wrong.differs()).logits[0, nodes])

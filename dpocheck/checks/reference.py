@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from dpocheck.check import Case, Comparison, agree, check, close, logged, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL
@@ -156,7 +154,7 @@ def _stale(theory: Theory) -> list:
 )  # fmt: skip
 def cache_fresh(case: Case) -> Comparison:
     runs, papers = case.observed[0].runs, case.predicted().runs
-    limit = case.bound("gradient")
     return worst([
-        close(seen.gradient, paper.gradient, np.asarray(limit)) for seen, paper in zip(runs, papers, strict=True)
+        close(seen.gradient, paper.gradient, case.bound(f"runs.{i}.gradient"))
+        for i, (seen, paper) in enumerate(zip(runs, papers, strict=True))
     ])  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 from dpocheck import forms, source_facts
 from dpocheck.forms import EXAMPLES, Match, Refusal
 from dpocheck.parameters import NotRecognised, Parameter, option, spelled
+from dpocheck.source_facts import Facts
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Candidate:
     line: int
     fixed: tuple[tuple[str, float], ...] = ()
     by: str = "names"
+    rank: int = 0  # among those of one form, the lowest is audited where no name is given
 
     def __str__(self) -> str:
         fixed = "".join(f", {key} fixed at {value:g}" for key, value in self.fixed)
@@ -48,7 +50,7 @@ def candidates(path: str | Path) -> list[Candidate]:
 
 
 def recognise(path: str | Path, name: str | None = None) -> list[Candidate]:
-    """The candidate called `name`, or without a name the first of each form.
+    """The candidate called `name`, or without a name the plainest of each form.
 
     `name` may be several joined by commas.  Raises NotRecognised: what was given, which forms there are, what to do.
     A name that this file only imports or builds by a call has no parameters here; it comes back with form "unknown".
@@ -58,7 +60,7 @@ def recognise(path: str | Path, name: str | None = None) -> list[Candidate]:
         found = candidates(path)
         if not found:
             raise NotRecognised(_nothing(path))
-        first = {one.form: one for one in reversed(found)}
+        first = {one.form: one for one in sorted(found, key=lambda one: (-one.rank, -one.line))}
         return [one for one in found if first[one.form] is one]
     tree = _parse(path)
     return [_named(path, tree, part.strip()) for part in name.split(",")]
@@ -144,25 +146,27 @@ def _judge(tree: ast.Module, definition: _Definition, *, asked: bool) -> Candida
     elif parameters and parameters[0].name == "self":
         return Refusal("it wants `self`, and is not defined in a class; name it through its class, as Class.method")
     name = getattr(node, "name", short)
-    match = forms.recognise(name, parameters, asked=asked, owner=owner.name if method else "")
+    title = owner.name if method else ""
+    match = forms.recognise(name, parameters, title)
     if isinstance(match, Refusal):
         return match
+    facts = source_facts.facts(tree, node, owner)
+    doubt = None if asked else forms.doubt(match, name, title, facts)
+    if doubt:
+        return Refusal(doubt)
     return Candidate(
         definition.name,
         match.form,
         tuple(p.name for p in parameters),
         node.lineno,
-        _fixed(tree, node, owner, parameters, match),
+        _fixed(facts, parameters, match),
         match.by,
+        forms.rank(match, definition.name),
     )
 
 
-def _fixed(
-    tree: ast.Module, node: source_facts.Function, owner: ast.ClassDef | None, parameters: tuple[Parameter, ...],
-    match: Match,
-) -> tuple[tuple[str, float], ...]:  # fmt: skip
+def _fixed(facts: Facts, parameters: tuple[Parameter, ...], match: Match) -> tuple[tuple[str, float], ...]:
     """Beta, where it is a literal of the function and nowhere to be set."""
-    facts = source_facts.facts(tree, node, owner)
     names = {p.name for p in parameters} | facts.attributes | facts.globals
     known = {option(name) for name in names} | {key for key, _ in match.options}
     if match.form != "loss" or known & {"beta", "config"} or len(facts.numbers) != 1:

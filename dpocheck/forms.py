@@ -5,10 +5,10 @@ The judge asks it of source text, the worker of live functions; both get the sam
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from dpocheck.parameters import ABBREVIATIONS, FOUR, Concept, Parameter, concept, is_batch, option, spelled
+from dpocheck.parameters import ABBREVIATIONS, FOUR, Concept, Parameter, concept, is_batch, option, spelled, words
+from dpocheck.source_facts import Facts
 
 EXAMPLES = {
     "loss": "dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, "
@@ -17,11 +17,16 @@ EXAMPLES = {
     "response_logprob(model, input_ids, attention_mask, response_mask)",
     "step": "dpo_step(batch, policy, reference, optimizer), compute_loss(model, ref_model, batch, beta)",
 }
-LOSS_NAME = re.compile(r"loss|dpo|ipo|slic|hinge|simpo|preference|forward|__call__|criterion|objective", re.I)
-LOGPS_NAME = re.compile(r"log_?p|log_?prob|log_?lik|logps|likelihood", re.I)
-STEP_NAME = re.compile(r"step|loss|train|update|dpo|forward|backward|objective", re.I)
-NOT_STEP = re.compile(r"eval|valid|accura|metric|generat|sample|collate|log_|plot|save|prepare|load", re.I)
-OTHER = re.compile(r"(?:^|_)(kto|orpo|ppo|grpo|cpo|rso|bco)(?=_|$)")
+OTHER = {"kto", "orpo", "ppo", "grpo", "cpo", "rso", "bco", "apo", "sdpo", "tdpo", "gkd", "dpop"}
+LOSS_WORDS = {"loss", "losses", "dpo", "ipo", "slic", "hinge", "simpo", "preference", "criterion", "objective"}
+PAIR_WORDS = {"dpo", "ipo", "slic", "simpo", "preference", "cdpo", "rdpo"}
+STEP_WORDS = {"step", "loss", "losses", "train", "update", "dpo", "backward", "objective", "batch"}
+OTHER_WORK = {
+    "eval", "evaluate", "evaluation", "valid", "validate", "validation", "accuracy", "metric", "metrics", "generate",
+    "sample", "collate", "collator", "log", "plot", "save", "prepare", "load", "test", "reward", "rewards", "init",
+    "from", "setup", "data",
+}  # fmt: skip
+SUMS = {"sum", "mean", "cross_entropy", "CrossEntropyLoss", "nansum", "einsum", "loss_fct", "loss_fn", "nll_loss"}
 CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
 
 
@@ -50,26 +55,22 @@ class Refusal:
     reason: str
 
 
-def recognise(name: str, parameters: tuple[Parameter, ...], *, asked: bool = True, owner: str = "") -> Match | Refusal:
+def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> Match | Refusal:
     """The form of the function `name`, its `self` left out.
 
-    `asked`: it was named by a person, so that its name need not say what it is.  `owner`: the class it is a
-    method of; a step's models may then stand in its attributes.
+    `owner`: the class it is a method of; a step's models may then stand in its attributes.
     """
-    other = OTHER.search(name.lower())
+    other = sorted(OTHER & {*words(name), *words(owner)})
     if other:
-        return Refusal(f"{other[1]} is not a loss of pairs that is audited here")
+        return Refusal(f"{other[0]} is not a loss of pairs that is audited here")
     usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
     options = tuple((option(p.name), p.name) for p in usable if option(p.name))
     rest = tuple(p for p in usable if not option(p.name))
     told = {p.name: concept(p.name) for p in rest}
-    title = f"{owner}.{name}" if owner else name
     for attempt in (_four, _paper, _ratios, _two, _step, _logps, _by_position):
         match = attempt(name, rest, told, options, owner)
         if match is None:
             continue
-        if not asked and not _named_so(match, title):
-            return Refusal(f"looks like {match.form}, but its name does not say so; name it to have it audited")
         missing = [p.name for p in rest if p.required and p.name not in dict(match.roles)]
         if missing:
             return Refusal(f"{match.form}, but for {', '.join(map(repr, missing))}: it is not known what to pass there")
@@ -79,12 +80,37 @@ def recognise(name: str, parameters: tuple[Parameter, ...], *, asked: bool = Tru
     return Refusal(f"its parameters ({spelled(parameters)}) are not those of any known form")
 
 
-def _named_so(match: Match, title: str) -> bool:
-    if match.form == "loss":
-        return bool(LOSS_NAME.search(title)) and not NOT_STEP.search(title)
+def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
+    """Why a function that nobody asked for by name is perhaps not what its parameters look like; None: no doubt."""
+    own = {*words(name)} if name not in ("forward", "__call__") else {*words(owner)}
+    if own & OTHER_WORK and not own & PAIR_WORDS:
+        return f"looks like {match.form}, but its name says otherwise"
+    if facts.foreign:
+        return f"it reads {', '.join(f'self.{one}' for one in sorted(facts.foreign)[:3])}, which is not known"
+    if match.form == "loss" and not own & (PAIR_WORDS if match.by == "position" else LOSS_WORDS):
+        return "looks like a loss, but its name does not say so"
     if match.form == "sequence_logps":
-        return bool(LOGPS_NAME.search(title))
-    return bool(STEP_NAME.search(title)) and not NOT_STEP.search(title)
+        if not own & {"logp"}:
+            return "looks like sequence log-probs, but its name does not say so"
+        if facts.known and not facts.calls & SUMS:
+            return "looks like log-probs of single tokens"
+    if match.form == "step":
+        said = [concept(text) for text in facts.strings | facts.fields | facts.attributes | set(dict(match.roles))]
+        if not own & STEP_WORDS or not {c.which for c in said} >= {"chosen", "rejected"}:
+            return "looks like a step, but nothing in it speaks of chosen and rejected"
+        if not any(c.who == "reference" for c in said):
+            return "looks like a step, but nothing in it speaks of a reference"
+    return None
+
+
+def rank(match: Match, name: str) -> int:
+    """Among several of one form in a file, which comes first: the plain one before its variants."""
+    said = set(words(name))
+    if match.form == "loss":
+        return 0 if "dpo" in said else 2 if said & (PAIR_WORDS | {"hinge"}) else 1
+    if match.form == "sequence_logps":
+        return 0 if {"completion", "prompt_length"} & {role for _, role in match.roles} or match.role("labels") else 1
+    return 0 if match.role("optimizer") else 1
 
 
 Told = dict[str, Concept]
@@ -145,7 +171,8 @@ def _two(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, o
 def _by_position(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
     """Four parameters in the usual order, where their names contradict nothing."""
     first = [p for p in rest if p.kind == "positional"][:4]
-    if len(first) < 4 or not LOSS_NAME.search(f"{owner}.{name}"):
+    plain = len([p for p in rest if p.required]) == 4 and any(key == "beta" for key, _ in options)
+    if len(first) < 4 or not (plain or {*words(name), *words(owner)} & LOSS_WORDS):
         return None
     for parameter, role in zip(first, FOUR, strict=True):
         who, which = role.split("_")
@@ -221,7 +248,7 @@ def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
             return None
     if "policy" not in given and not owner:
         return None
-    if "policy" in given and "reference" not in given and "optimizer" not in given and not STEP_NAME.search(name):
+    if not owner and not ({"reference", "optimizer"} & set(given)) and not {*words(name)} & STEP_WORDS:
         return None
     return Match("step", tuple(roles.items()), options)
 

@@ -42,6 +42,7 @@ COMPLETION = {"completion", "response", "resp", "answer", "loss", "selection", "
 
 _SPELLING = (
     (r"(?<=[a-z0-9])(?=[A-Z])", "_"),
+    (r"(?<=[A-Z])(?=[A-Z][a-z])", "_"),
     (r"[βΒ]", "beta"),
     (r"π", "pi"),
     (r"θ", "theta"),
@@ -57,6 +58,7 @@ _COMPOUNDS = (
     (r"(completion|response|resp|answer|loss|label|labels|selection|target|action|generation|reply|output)_?masks?(?=_|$)",
      "completionmask"),
     (r"input_?ids?(?=_|$)", "ids"),
+    (r"sim_po(?=_|$)", "simpo"),
 )  # fmt: skip
 
 # the four log-probs in one or two letters; used only where all four of a set are there

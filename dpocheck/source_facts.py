@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dpocheck.parameters import Parameter
+from dpocheck.parameters import Parameter, concept, option
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -29,10 +29,12 @@ class Facts:
     callers_shift: bool = False  # those who call it hand over moved tensors
     ignores: bool = False  # knows the label -100
     unpacks: bool = False  # takes a model's output apart as a tuple
+    foreign: frozenset[str] = frozenset()  # read from `self`, and set nowhere in a class that can be built
     nested: bool = False  # batch["chosen"]["input_ids"]
     known: bool = field(default=True)  # False: there is no source to read
 
 
+ACCELERATORS = {"accelerator", "fabric", "strategy"}
 NOTHING = Facts(known=False)
 
 
@@ -92,6 +94,7 @@ def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -
         ignores=any(isinstance(n, ast.Constant) and n.value == 100 and not isinstance(n.value, bool) for n in inside)
         or any("ignore" in word.lower() for word in _names(inside)),
         unpacks=any(_unpacks(n) for n in inside),
+        foreign=_foreign(inside, owner),
         nested=any(_nests(n) for n in inside),
     )
 
@@ -111,6 +114,37 @@ def _reached(tree: ast.Module, node: Function, owner: ast.ClassDef | None) -> li
                 found.append(called)
                 todo.append(called)
     return found
+
+
+def _foreign(inside: list[ast.AST], owner: ast.ClassDef | None) -> frozenset[str]:
+    if owner is None:
+        return frozenset()
+    read = {n.attr for n in inside if isinstance(n, ast.Attribute) and _is_name(n.value, "self")}
+    for node in owner.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            read.discard(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            read -= {t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)}
+    if _buildable(owner):
+        read -= {
+            n.attr for n in ast.walk(owner) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+        }  # set by its constructor
+    return frozenset(name for name in read if not is_known(name))
+
+
+def is_known(name: str) -> bool:
+    """Can an attribute or a constructor's parameter of this name be given?"""
+    said = concept(name)
+    models = said.what in ("model", "optimizer") and not said.which
+    return option(name) is not None or models or name in ACCELERATORS
+
+
+def _buildable(owner: ast.ClassDef) -> bool:
+    """Does its constructor want nothing but what is known, and its bases nothing at all?"""
+    if any(_last(base) not in ("object", "Module", "ABC", "Protocol") for base in owner.bases):
+        return False
+    made = next((n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    return made is None or all(is_known(p.name) for p in parameters(made)[1:] if p.required)
 
 
 def _constants(tree: ast.Module) -> frozenset[str]:

@@ -43,10 +43,14 @@ def values(objective: Objective) -> dict[str, Any]:
 
 def own_kind(name: str) -> str | None:
     """The kind of loss that a function's name says it is: `ipo_loss` is no DPO loss."""
-    said = set(words(name))
-    if "dpo" in said:
-        return None
-    return next((kind for kind, names in KINDS.items() if kind != "sigmoid" and said & set(names)), None)
+    for part in reversed(name.split(".")):
+        said = set(words(part))
+        if "dpo" in said:
+            return None
+        for kind, names in KINDS.items():
+            if kind != "sigmoid" and said & set(names):
+                return kind
+    return None
 
 
 def spelled_kind(kind: str, default: Any, strings: frozenset[str], name: str) -> Any:

@@ -15,13 +15,12 @@ from typing import Any
 
 from dpocheck import source_facts
 from dpocheck.adapter import Objective
-from dpocheck.forms import Match, Refusal, recognise
+from dpocheck.forms import Match, Refusal, doubt, recognise
 from dpocheck.functions import options
 from dpocheck.parameters import NotRecognised, Parameter, concept, option
-from dpocheck.source_facts import NOTHING, Facts
+from dpocheck.source_facts import ACCELERATORS, NOTHING, Facts
 
 MISSING = object()
-ACCELERATORS = {"accelerator", "fabric", "strategy"}
 
 
 @dataclass
@@ -218,16 +217,20 @@ def target(
     if method and parameters and parameters[0].name in ("self", "cls"):
         parameters = parameters[1:]
     cls = owner or (type(holder) if holder is not None else None)
-    match = recognise(name.rsplit(".")[-1], parameters, asked=asked, owner=cls.__name__ if cls else "")
+    short, title = getattr(plain, "__name__", name.rsplit(".")[-1]), cls.__name__ if cls else ""
+    match = recognise(short, parameters, title)
     if isinstance(match, Refusal):
         raise NotRecognised(f"{name}: {match.reason}")
-    found = Target(function, name, match, parameters, read_facts(plain, cls), owner, holder)
+    facts = read_facts(plain)
+    if not asked and (reason := doubt(match, short, title, facts)):
+        raise NotRecognised(f"{name}: {reason}")
+    found = Target(function, name, match, parameters, facts, owner, holder)
     if match.form == "loss" and "beta" not in found.settable() and len(found.facts.numbers) == 1:
         found.fixed["beta"] = found.facts.numbers[0]
     return found
 
 
-def read_facts(function: Callable[..., Any], owner: type | None) -> Facts:
+def read_facts(function: Callable[..., Any]) -> Facts:
     """The facts of a live function, from the file that defines it; nothing where there is none."""
     code = getattr(function, "__code__", None)
     try:

@@ -76,9 +76,9 @@ def test_a_refusal_says_what_was_given_what_is_allowed_and_what_to_do(name, reas
 
 
 def test_a_name_that_is_not_there_gets_near_matches():
-    with pytest.raises(NotRecognised, match="has no 'get_batch_logp'.  Did you mean get_batch_logps"):
+    with pytest.raises(NotRecognised, match=r"has no 'get_batch_logp'.  Did you mean get_batch_logps"):
         recognise(AWKWARD, "get_batch_logp")
-    with pytest.raises(NotRecognised, match="Did you mean Trainer.dpo_loss"):
+    with pytest.raises(NotRecognised, match=r"Did you mean Trainer.dpo_loss"):
         recognise(AWKWARD, "Trainer.dpo_los")
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_does_not_parse_is_named_with_its_line(tmp_path):
 @pytest.mark.parametrize("content", [b"\x00\x01", "x = 'é'".encode("latin-1")])
 def test_a_file_that_is_no_text_is_refused(tmp_path, content):
     (tmp_path / "binary.py").write_bytes(content)
-    with pytest.raises(NotRecognised, match="binary.py"):
+    with pytest.raises(NotRecognised, match=r"binary\.py"):
         recognise(tmp_path / "binary.py")
 
 

@@ -121,7 +121,7 @@ WRONG = {
     "wrong_sign_dpo": 0.5 * (PI_W - PI_L - REF_W - REF_L),
     "wrong_twice_dpo": 0.25 * np.array(H),
     "wrong_swapped_dpo": -0.5 * np.array(H),
-    "wrong_hard_coded_reference_dpo": 0.5 * (PI_W - PI_L),
+    "wrong_no_reference_dpo": 0.5 * (PI_W - PI_L),
 }
 
 

@@ -33,7 +33,8 @@ def indexed_dpo(pi_logps, ref_logps, yw_idxs, yl_idxs, beta):
     return each, beta * advantage.detach()
 
 
-def british_dpo(model_prefered_logprob, model_disprefered_logprob, ref_prefered_logprob, ref_disprefered_logprob, beta=0.5):
+def british_dpo(model_prefered_logprob, model_disprefered_logprob, ref_prefered_logprob, ref_disprefered_logprob,
+                beta=0.5):  # fmt: skip
     better = model_prefered_logprob - ref_prefered_logprob
     worse = model_disprefered_logprob - ref_disprefered_logprob
     loss = -F.logsigmoid(beta * (better - worse)).mean()
@@ -129,7 +130,8 @@ def noted(function):
 
 @noted
 def decorated_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    return -F.logsigmoid(beta * ((policy_chosen_logps - policy_rejected_logps) - (ref_chosen_logps - ref_rejected_logps)))
+    won, lost = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+    return -F.logsigmoid(beta * (won - lost))
 
 
 class DPOCriterion(nn.Module):
@@ -138,7 +140,8 @@ class DPOCriterion(nn.Module):
         self.scale, self.smoothing_rate = beta, label_smoothing
 
     def forward(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-        m = self.scale * (policy_chosen_logps - policy_rejected_logps - reference_chosen_logps + reference_rejected_logps)
+        m = self.scale * (policy_chosen_logps - policy_rejected_logps)
+        m = m - self.scale * (reference_chosen_logps - reference_rejected_logps)
         return (1 - self.smoothing_rate) * F.softplus(-m) + self.smoothing_rate * F.softplus(m)
 
 
@@ -146,7 +149,7 @@ class BigTrainer:
     """Cannot be built here; its loss reads two attributes and calls a method of its own."""
 
     def __init__(self, model, dataset_path, config):
-        self.rows = open(dataset_path).readlines()
+        self.rows = dataset_path.read_text()
         self.beta = config.beta
 
     def _h(self, a, b, c, d):
@@ -204,6 +207,6 @@ def wrong_detached_dpo(pi_w, pi_l, ref_w, ref_l, beta):
     return -F.logsigmoid(beta * (pi_w - pi_l.detach() - ref_w + ref_l))
 
 
-def wrong_hard_coded_reference_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+def wrong_no_reference_dpo(pi_w, pi_l, ref_w, ref_l, beta):
     """The reference is forgotten."""
-    return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps))
+    return -F.logsigmoid(beta * (pi_w - pi_l))

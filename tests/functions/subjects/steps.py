@@ -66,7 +66,7 @@ def masks_without_attention_loss(batch, policy_model, reference_model, beta):
         return (logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(-1)
 
     w = each(policy_model, batch["chosen"], batch["chosen_mask"])
-    l = each(policy_model, batch["rejected"], batch["rejected_mask"])  # noqa: E741
+    l = each(policy_model, batch["rejected"], batch["rejected_mask"])
     with torch.no_grad():
         ref_w = each(reference_model, batch["chosen"], batch["chosen_mask"])
         ref_l = each(reference_model, batch["rejected"], batch["rejected_mask"])
@@ -112,7 +112,7 @@ def cached_reference_step(batch, policy, optimizer, beta):
     """The reference's log-probs come with the batch."""
     w = labelled_logps(policy(batch["chosen_input_ids"], attention_mask=batch["chosen_attention_mask"]).logits,
                        batch["chosen_labels"])  # fmt: skip
-    l = labelled_logps(policy(batch["rejected_input_ids"], attention_mask=batch["rejected_attention_mask"]).logits,  # noqa: E741
+    l = labelled_logps(policy(batch["rejected_input_ids"], attention_mask=batch["rejected_attention_mask"]).logits,
                        batch["rejected_labels"])  # fmt: skip
     h = w - l - batch["reference_chosen_logps"] + batch["reference_rejected_logps"]
     loss = F.softplus(-beta * h).mean()

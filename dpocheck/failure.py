@@ -21,11 +21,12 @@ _OURS_AS_SUBJECT = tuple(os.path.join(_HERE, name) for name in ("miniature", "zo
 
 def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict[str, Any]:
     """An exception as JSON data: `kind` ("Unsupported" or "Exception"), `type`, `message`, `traceback_lines`,
-    `in_adapter` (raised in the adapter's own file) and `in_suite` (raised in this package, not by a subject)."""
+    `in_adapter` (raised in the adapter's own file, or one of our own complaints about it) and `in_suite` (raised in
+    this package, not by a subject: our fault)."""
     try:
         files = _subject_files(subject, state)
         deepest = _deepest(raised)
-        adapter = deepest in files
+        adapter = deepest in files or _is_complaint(raised)
         suite = deepest.startswith(_HERE) and not adapter and not deepest.startswith(_OURS_AS_SUBJECT)
         lines = _traceback(raised)
     except BaseException as error:
@@ -41,11 +42,18 @@ def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict
     }
 
 
+def _is_complaint(raised: BaseException) -> bool:
+    """Our own exception classes say what is wrong with an adapter; but an unsendable answer is our mistake."""
+    module = str(type(raised).__module__)
+    return module.startswith("dpocheck.") and module != "dpocheck.wire" and not isinstance(raised, Unsupported)
+
+
 def _type_name(raised: BaseException) -> str:
     try:
         kind = type(raised)
         module = str(kind.__module__)
-        return str(kind.__qualname__) if module == "builtins" else f"{module}.{kind.__qualname__}"
+        plain = module == "builtins" or module.startswith("dpocheck.")
+        return str(kind.__qualname__) if plain else f"{module}.{kind.__qualname__}"
     except BaseException:
         return "an exception without a name"
 

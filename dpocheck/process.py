@@ -231,14 +231,17 @@ def _kill(popen: subprocess.Popen, mark: str, output: _Output) -> None:
         os.killpg(popen.pid, signal.SIGKILL)
     with contextlib.suppress(OSError):
         popen.kill()
-    for process in [*family, *_marked(mark)]:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    until = time.monotonic() + 5.0
+    while family := [*family, *_marked(mark)]:  # again, for those that forked meanwhile or take their time to die
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        family = []
+        if time.monotonic() > until:
+            break
+        time.sleep(0.005)
     with contextlib.suppress(subprocess.TimeoutExpired):
         popen.wait(5.0)
-    for process in _marked(mark):  # forked while we were killing
-        with contextlib.suppress(psutil.Error):
-            process.kill()
     output.end()
 
 

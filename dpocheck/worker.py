@@ -89,7 +89,13 @@ def _limit(memory: int) -> None:
         with contextlib.suppress(ValueError, OSError):  # macOS refuses; the judge measures the memory too
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the judge asks a hung subject where it is
+    _answer_where()
+
+
+def _answer_where() -> None:
+    """Let the judge ask a hung subject where it is; again after a subject took the signal."""
+    faulthandler.unregister(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 class _Loop:
@@ -123,6 +129,8 @@ class _Loop:
             self.surroundings.keep()
         else:
             reply["changes"] = self.replaced + self.surroundings.changes()
+            if any(line.startswith("signals: SIGUSR1") for line in reply["changes"]):
+                _answer_where()
         if "error" not in reply:
             self.freeze()
         return reply, out

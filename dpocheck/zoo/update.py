@@ -1,4 +1,4 @@
-"""How do weights go wrong that a right gradient would update, and rows that were to come?  Broken parts: update, order."""
+"""How do weights go wrong under a right gradient, and the rows that come next?  Broken parts: update, order."""
 
 from __future__ import annotations
 

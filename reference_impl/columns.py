@@ -45,8 +45,9 @@ def missing(row: SourceRow, column: str) -> str:
 
 def refuse_lost_prompt(row: SourceRow) -> None:
     """Refuse a row without `prompt` where another column is probably the prompt."""
-    names = {str(k).strip().lower(): k for k, v in row.fields.items() if v not in (None, "", [])}
-    suspects = [names[n] for n in difflib.get_close_matches("prompt", list(names), 1, 0.75)]
+    names = {str(k).strip().lower(): k for k, v in row.fields.items() if v and isinstance(v, (str, list, tuple))}
+    texts = [n for n in names if not n.endswith("id")]  # prompt_id is no prompt
+    suspects = [names[n] for n in difflib.get_close_matches("prompt", texts, 1, 0.75)]
     suspects += [names[n] for n in PROMPT_LIKE if n in names]
     if suspects:
         raise DataError(

@@ -57,6 +57,7 @@ class _Tally:
     spacing_lost: int = 0
     bos_added: int = 0
     eos_added: int = 0
+    repeats_prompt: int = 0
     unanswered: int = 0
     unanswered_text: str = ""
 
@@ -159,6 +160,7 @@ def _count(item: TokenisedPair, tally: _Tally) -> None:
     tally.spacing_lost += item.lossy == "spacing"
     tally.bos_added += item.bos_added
     tally.eos_added += item.eos_added
+    tally.repeats_prompt += item.repeats_prompt
     tally.unanswered += bool(item.unanswered)
     tally.unanswered_text = tally.unanswered_text or item.unanswered
 
@@ -186,6 +188,11 @@ def _hints(form: Form, tally: _Tally, tokenizer: Any) -> tuple[str, ...]:
     template = getattr(tokenizer, "chat_template", None)
     said = (
         (not form.chat and bool(template), "the rows are texts: the tokenizer's chat template is not applied to them"),
+        (
+            tally.repeats_prompt,
+            "pairs repeat the prompt at the start of both completions, where it is scored: if 'chosen' and 'rejected' "
+            "hold the whole text, remove the column 'prompt'",
+        ),
         (
             form.chat and tally.eos_added,
             f"pairs do not end with EOS {tokenizer.eos_token!r} in the chat template: it is appended",

@@ -31,6 +31,7 @@ from reference_impl.sources import DataError, SourceRow
 STANDARD, TEXT, TRANSCRIPT = "standard", "text, implicit prompt", "HH transcript"
 CHAT, CHAT_IMPLICIT, SHAREGPT = "chat", "chat, implicit prompt", "ShareGPT"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+TELLING = 16  # characters of a prompt that no completion repeats by chance
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class TextPair:
     """Texts of one preference. `chosen` and `rejected` are whole: each starts with `prompt`.
 
     `unanswered` is the end of a generation prompt that the finished conversations do not have ("" for none).
+    `repeats_prompt`: both completions start with the prompt once more.
     """
 
     row: int
@@ -58,6 +60,7 @@ class TextPair:
     chosen: str
     rejected: str
     unanswered: str = ""
+    repeats_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def _parse_text(row: SourceRow, form: Form) -> TextPair | RowNote:
         if not chosen or not rejected:
             return dropped(row, "empty", f"chosen {chosen[:20]!r}, rejected {rejected[:20]!r}")
         prompt = fields["prompt"]
-        return TextPair(row.index, row.place, prompt, prompt + chosen, prompt + rejected)
+        again = len(prompt) >= TELLING and chosen.startswith(prompt) and rejected.startswith(prompt)
+        return TextPair(row.index, row.place, prompt, prompt + chosen, prompt + rejected, repeats_prompt=again)
     shared = common_prefix_length(chosen, rejected)
     if form.name == TRANSCRIPT:
         return _transcript(row, chosen, rejected, shared)

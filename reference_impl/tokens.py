@@ -31,8 +31,8 @@ class TokenisedPair:
     """One pair before truncation.
 
     `merged`: a token spanned the end of the prompt. `lossy`: "", or how the tokens decode to another text ("spacing",
-    "text"). `bos_added`: the prompt had no token. `eos_added`: a side did not end with EOS by itself. `unanswered`: see
-    TextPair.
+    "text"). `bos_added`: the prompt had no token. `eos_added`: a side did not end with EOS by itself. `unanswered`
+    and `repeats_prompt`: see TextPair.
     """
 
     row: int
@@ -45,6 +45,7 @@ class TokenisedPair:
     bos_added: bool
     eos_added: bool
     unanswered: str
+    repeats_prompt: bool
 
 
 def special_tokens(tokenizer: Any) -> SpecialTokens:
@@ -143,9 +144,9 @@ def _split(
     if ends[0] == ends[1]:
         return dropped(pair, "identical_tokens", pair.chosen[len(pair.prompt) :])
     eos_added = special.eos not in chosen[shared:] or special.eos not in rejected[shared:]
-    merged = shared < len(alone)
     return TokenisedPair(
-        pair.row, pair.place, prompt, ends[0], ends[1], merged, lossy, bos_added, eos_added, pair.unanswered
+        pair.row, pair.place, prompt, ends[0], ends[1], merged=shared < len(alone), lossy=lossy, bos_added=bos_added,
+        eos_added=eos_added, unanswered=pair.unanswered, repeats_prompt=pair.repeats_prompt,
     )  # fmt: skip
 
 

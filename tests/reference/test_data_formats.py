@@ -140,6 +140,11 @@ def test_an_implicit_prompt_is_what_both_texts_share(chosen, rejected, prompt):
     assert (got + first, got + second) == (chosen + "<|im_end|>", rejected + "<|im_end|>")
 
 
+def test_columns_that_are_no_prompt_do_not_stop_an_implicit_one():
+    row = {"prompt_id": "a1", "input": None, "question": "", "context": 3, "chosen": "a b", "rejected": "a c"}
+    assert texts([row])[0] == "text, implicit prompt"
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [("Paris ", "London"), (" ", " x"), ("a ", "b")])
 def test_texts_that_share_little_reassemble_too(chosen, rejected):
     tokenizer = byte_bpe(bos=True)

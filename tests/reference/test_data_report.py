@@ -96,6 +96,13 @@ def test_text_rows_beside_a_chat_template_are_pointed_out():
     assert "the rows are texts: the tokenizer's chat template is not applied to them" in data.report.lines()
 
 
+def test_completions_that_repeat_the_prompt_are_pointed_out():
+    prompt = "What is the capital of France?"
+    rows = [row(prompt, prompt + " Paris", prompt + " Rome"), row(prompt, " Paris", " Rome"), row("a", "a b", "a c")]
+    found = load_pairs(rows, byte_bpe(), max_length=None).report
+    assert any(line.startswith("1 pairs repeat the prompt at the start of both completions") for line in found.lines())
+
+
 def test_tokens_that_do_not_decode_to_the_text_are_counted():
     found = report([row("a", " b", " zebra"), row("a", " b", " c")])
     assert (found.not_round_trip, found.spacing_only) == (1, 0)

@@ -26,6 +26,7 @@ def table(seed: int, size: int = SIZE, scale: float = 16.0) -> Table:
     return Table.of((np.rint(logits * scale) + 0.5) / scale)
 
 
+PLAIN = Objective(beta=0.5)
 PAIRS = (  # ragged; chosen longer in one, shorter in another; a repeated context; token 0 as content
     Pair((1, 2), (3, 4, 14), (5, 14)),
     Pair((6,), (7, 14), (3, 4, 0, 14)),
@@ -33,14 +34,14 @@ PAIRS = (  # ragged; chosen longer in one, shorter in another; a repeated contex
 )
 
 
-def step(objective: Objective = Objective(beta=0.5), body: str = "silent", **changes) -> StepExperiment:
+def step(objective: Objective = PLAIN, body: str = "silent", **changes) -> StepExperiment:
     settings = {"pad": 15, "eos": 14, "dtype": "float64"} | changes
     return StepExperiment(table(1), table(2), settings.pop("pairs", PAIRS), objective, Body(body), **settings)
 
 
 LOSS = LossExperiment(
     (-3.5, -6.25, -2.0, -41.0), (-6.0, -4.75, -3.5, -9.5), (-4.0, -3.625, -2.5, -12.0), (-5.0, -5.5, -3.25, -11.0),
-    Objective(beta=0.5), ((3, 2), (2, 4), (5, 7), (9, 6)),
+    PLAIN, ((3, 2), (2, 4), (5, 7), (9, 6)),
 )  # fmt: skip
 
 WORDS = tuple("abcdefghijkl")

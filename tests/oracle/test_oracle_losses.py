@@ -72,10 +72,8 @@ def test_every_loss_and_slope_to_fifty_digits(name, m):
     for e in EPSILONS:
         for tau in (0.1, 0.5):
             x = np.array([m])
-            value, slope = {
-                "dpo": lambda: losses.dpo(x), "cdpo": lambda: losses.cdpo(x, e), "rdpo": lambda: losses.rdpo(x, e),
-                "hinge": lambda: losses.hinge(x), "ipo": lambda: losses.ipo(x, tau),
-            }[name]()  # fmt: skip
+            further = {"cdpo": (e,), "rdpo": (e,), "ipo": (tau,)}.get(name, ())
+            value, slope = getattr(losses, name)(x, *further)
             exact = precise(name, m, e, tau)
             # Rounding: a few units in the last place of the terms that are added, 2^-1074 where they underflow.
             size = (float(abs(losses.softplus(-x[0])) + abs(m) + 1), 2.0) if name == "rdpo" else (0.0, 0.0)

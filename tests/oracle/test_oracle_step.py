@@ -194,7 +194,8 @@ def test_log_probs_and_their_gradient():
     seen, size = predict(LOGP), 2.0**-14
     assert seen.logps[0] == pytest.approx(plain_logp(LOGP.table.logits(), (1, 2), (3, 4, 14)), abs=1e-14)
     for context, target in ((2, 3), (2, 9), (8, 0), (14, 15)):
-        up, down = (predict(replace(LOGP, table=LOGP.table.shifted((context, target, s * size)))).logps for s in (1, -1))
+        moved = (replace(LOGP, table=LOGP.table.shifted((context, target, s * size))) for s in (1, -1))
+        up, down = (predict(one).logps for one in moved)
         assert seen.gradient[:, context, target] == pytest.approx((up - down) / (2 * size), abs=3e-9)
 
 

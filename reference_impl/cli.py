@@ -36,7 +36,6 @@ def command(settings: tuple[str, ...], show_config: bool, row: int | None, reaso
     """
     # cuBLAS reads this once, before its first use; without it matrix products on a GPU may differ between runs.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    _log_to_stderr()
     if settings[:1] == ("rows",):
         sys.exit(list_rows(settings[1:], row, reason))
     if row is not None or reason is not None:
@@ -53,6 +52,7 @@ def run(settings: Sequence[str], show_config: bool = False) -> int:
     """Loads the config, trains, and turns every refusal into one line; returns the exit code."""
     from reference_impl.config import ConfigError
 
+    _log_to_stderr()
     try:
         config = _config(settings)
         if show_config:
@@ -144,10 +144,13 @@ def _refused(error: Exception, code: int, screen: Screen | None = None) -> int:
 def _log_to_stderr() -> None:
     logger = logging.getLogger("reference_impl")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Stderr())
     logger.setLevel(logging.INFO)
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
 
 
 def _quiet_transformers() -> None:

@@ -276,6 +276,8 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Train
         return OmegaConf.to_object(OmegaConf.merge(*layers))
     except ConfigError:
         raise
+    except FileNotFoundError as error:
+        raise ConfigError(f"{str(file)!r} is neither a file nor a setting: write key=value or a YAML file") from error
     except OSError as error:
         raise ConfigError(f"config file {file}: {error.strerror or error}") from error
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
@@ -305,6 +307,7 @@ def _one_line(error: Exception, file: str | Path | None) -> str:
     where = next((line for line in lines if line.startswith("full_key: ")), "").removeprefix("full_key: ")
     kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type"))]
     text = " ".join(kept).replace("'TrainConfig'", "the config")
+    text = text.replace("TupleConfig length", "betas: length")  # the one list of a fixed length; no key is given
     return f"{where}: {text}" if where and where not in text else text or f"{file}: {type(error).__name__}"
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
+
+from reference_impl.config import ConfigError
 
 
 class PairSums:
@@ -66,12 +69,15 @@ class History:
 Tracker = Callable[[int, str, dict[str, float]], None]
 
 
-def open_trackers(names: tuple[str, ...], folder: Path, settings: dict[str, Any]) -> list[Tracker]:
-    """TensorBoard and Weights & Biases, where asked for.
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises ConfigError for a tracker whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"trackers has {name}, but {name} is not installed: pip install {name}, or leave it out")
 
-    Raises:
-        ImportError: the package is not installed.
-    """
+
+def open_trackers(names: tuple[str, ...], folder: Path, settings: dict[str, Any]) -> list[Tracker]:
+    """TensorBoard and Weights & Biases, where asked for (check_trackers first)."""
     return [{"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings) for name in names]
 
 

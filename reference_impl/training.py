@@ -15,7 +15,7 @@ from reference_impl import checkpoint, dpo, randomness
 from reference_impl.artifact import save_final
 from reference_impl.config import TrainConfig, check_folders, save_config
 from reference_impl.evaluate import evaluate, judge
-from reference_impl.metrics import History, PairSums, open_trackers
+from reference_impl.metrics import History, PairSums, check_trackers, open_trackers
 from reference_impl.optimize import clip_gradient, learning_rate
 from reference_impl.order import Position, Window, windows
 from reference_impl.prepare import Run, prepare
@@ -72,6 +72,7 @@ def train(
     if output_dir is not None:
         config = replace(config, output_dir=str(output_dir))
     check_folders(config)
+    check_trackers(config.trackers)
     with randomness.seeded(config.seed):
         folder = checkpoint.open_folder(config.output_dir) if config.output_dir is not None else None
         try:

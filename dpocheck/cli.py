@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
     from dpocheck import runner
     from dpocheck.known import apply, load
 
-    options = _options(subject, out, chosen)
     with refusals():
+        options = _options(named(subject), out, chosen)
         expected = load(known, _versions()) if known else ()
         if only_list:
             _planned(runner.planned(options))
@@ -68,7 +69,8 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
             from dpocheck.report.files import check_folder
 
             check_folder(out)
-        with progress_bar() as progress:
+        with progress_bar() as progress, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers that overflow in a prediction, which the verdict accounts for
             report = runner.run(options, progress)
     if expected:
         report = apply(report, expected, datetime.date.today(), left_out=_left_out(options))
@@ -100,16 +102,16 @@ def explain(id: str) -> None:
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="The audit's folder. Default: any in out/.")
 def replay(stored: str, out: Path | None) -> None:
     """Run a stored failing experiment again: fixed, failed or error."""
-    from dpocheck import runner
     from dpocheck import stored as store
+    from dpocheck.replay import replay as again
 
-    catalogue()
-    with refusals():
+    with refusals(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         path = store.find(stored, [out] if out else [Path("out")])
         data = store.read(path)
         if data["check"]["id"] not in _versions():
             known_id(data["check"]["id"])
-        result = runner.replay(data)
+        result = again(data)
     _replayed(path, data, result)
 
 
@@ -148,12 +150,13 @@ def refusals() -> Iterator[None]:
     """Turn what is said to a person about bad input into one line and exit code 2."""
     from dpocheck import files, runner
     from dpocheck.known import KnownError
+    from dpocheck.parameters import NotRecognised
     from dpocheck.scaffold import NameRefused
     from dpocheck.stored import StoredError
 
     try:
         yield
-    except (runner.UsageError, KnownError, StoredError, NameRefused, files.CannotWrite) as error:
+    except (runner.UsageError, KnownError, StoredError, NameRefused, NotRecognised, files.CannotWrite) as error:
         raise Refused(str(error)) from None
 
 
@@ -194,6 +197,20 @@ def _options(subject: str, out: Path | None, chosen: dict[str, Any]) -> Any:
     fields["only"] = tuple(known_id(id) for id in chosen["only"])
     fields["objective"] = parse_objective(chosen["objective"]) if chosen["objective"] else None
     return runner.Options(subject=subject, out=out, **fields)
+
+
+def named(subject: str) -> str:
+    """A file without a name becomes all that is recognised in it, which is said; anything else stays as it is."""
+    if not subject.endswith(".py") or not Path(subject).is_file():
+        return subject
+    from dpocheck.find import candidates, recognise
+
+    chosen = {candidate.name for candidate in recognise(subject)}
+    for candidate in candidates(subject):
+        mark = "" if candidate.name in chosen else "   (not audited: give its name)"
+        click.echo(_plain(f"{subject}:{candidate}{mark}"))
+    click.echo()
+    return f"{subject}:{','.join(sorted(chosen))}"
 
 
 def parse_objective(text: str) -> Any:

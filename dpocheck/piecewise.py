@@ -1,4 +1,4 @@
-"""How is one check at a time judged, with one worker for all of them?  What the pytest items do.
+"""How is one check at a time judged, with one worker for all of them?  What pytest items and replays do.
 
 Nothing blocks anything here: items run in any order and in several processes, and each has to say the same alone.
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 import datetime
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from dpocheck import conventions, diagnose, runner, smoke
-from dpocheck.check import CHECKS
+from dpocheck.check import CHECKS, Check
 from dpocheck.known import Expected, apply, load
 from dpocheck.open import open_subject
 from dpocheck.report.failure import long_form
@@ -40,13 +39,12 @@ def versions() -> dict[str, int]:
 class Piecewise:
     """One subject with its worker, opened at once.  Raises `runner.UsageError`."""
 
-    def __init__(self, spec: str, tier: str = "quick", known: Iterable[Expected] = ()) -> None:
-        self.options = runner.Options(subject=spec, tier=tier)
-        self.known = tuple(known)
+    def __init__(self, options: runner.Options, known: Iterable[Expected] = ()) -> None:
+        self.options, self.known = options, tuple(known)
         self.folder = tempfile.TemporaryDirectory(prefix="dpocheck-")
         try:
             self.subject = open_subject(
-                spec, Path(self.folder.name), timeout=self.options.timeout, memory=self.options.memory
+                options.subject, Path(self.folder.name), timeout=options.timeout, memory=options.memory
             )
         except BaseException:
             self.folder.cleanup()
@@ -54,7 +52,15 @@ class Piecewise:
         self.trouble = smoke.test(self.subject)
         found = [] if self.trouble else conventions.resolve(self.subject, runner.cached_predict)
         self.answers = {result.id: result for result in found}
-        self.session = Session(self.subject, runner.cached_predict, tier=tier, blocking=False)
+        self.session = Session(
+            self.subject, runner.cached_predict, runner.cached_bound, tier=options.tier, blocking=False
+        )
+
+    def __enter__(self) -> Piecewise:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.subject.close()
@@ -67,14 +73,29 @@ class Piecewise:
         return apply(report, [entry for entry in self.known if entry.id == id], today)
 
     def _result(self, id: str) -> Result:
-        if id in CHECKS and not self.trouble:
-            return diagnose.named(self.session.result(CHECKS[id]), self.subject, runner.cached_predict)
+        if id in CHECKS:
+            return self.judge(CHECKS[id])
         if id in self.answers:
             return self.answers[id]
-        empty = Result(id=id, version=1, level="info", tier="quick", chapter="rows", stage="tokens", verdict="error")
         if self.trouble:
-            return replace(empty, reason=f"the adapter did not get through the smoke stage: {self.trouble}")
-        return replace(empty, verdict="not-applicable", reason="this subject does not show which choice it makes")
+            return unsaid(id, "error", self.trouble)
+        return unsaid(id, "not-applicable", "this subject does not show which choice it makes")
+
+    def judge(self, check: Check) -> Result:
+        """The result of one check, with its diagnosis."""
+        if self.trouble:
+            return unsaid(check.id, "error", self.trouble)
+        return diagnose.named(self.session.result(check), self.subject, runner.cached_predict)
+
+
+def unsaid(id: str, verdict: str, reason: str) -> Result:
+    """The result of a check that could not be asked."""
+    if verdict == "error":
+        reason = f"the adapter did not get through the smoke stage: {reason}"
+    return Result(
+        id=id, version=versions()[id], level="info", tier="quick", chapter="rows", stage="tokens", verdict=verdict,
+        reason=reason,
+    )  # fmt: skip
 
 
 def settle(report: Report) -> None:

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def dpo_audited(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Piecewise]]:
     """The subjects under audit by name, each with one worker in this process, closed at the end of the session."""
     from dpocheck.piecewise import Piecewise, known_failures
+    from dpocheck.runner import Options
 
     known = known_failures(request.config.getoption("--dpo-known"))
     tier = request.config.getoption("--dpo-tier")
@@ -35,7 +36,7 @@ def dpo_audited(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Piec
 
     def subject(spec: str) -> Piecewise:
         if spec not in opened:
-            opened[spec] = Piecewise(spec, tier, known)
+            opened[spec] = Piecewise(Options(subject=spec, tier=tier), known)
         return opened[spec]
 
     try:

@@ -103,8 +103,9 @@ def cause(result: Result) -> str:
         return f"passes, though it is a known failure{reason}"
     if result.diagnosis:
         return line(result.diagnosis[0].name)
-    if result.reason:
-        return line(result.reason)
+    if rows := [row for row in printable(result.reason).splitlines() if row.strip()]:
+        # of a traceback: what happened stands in the first line, why in the last
+        return line(rows[0]) if len(rows) == 1 else f"{line(rows[0])} … {line(rows[-1])}"
     if result.observed is not None:
         observed, expected = shown_pair(result.observed, result.expected)
         return f"{line(result.where) or 'observed'}: {observed}, expected {expected}"

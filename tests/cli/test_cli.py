@@ -102,7 +102,10 @@ def fake(monkeypatch, tmp_path) -> Fake:
         fake.asked.append(data)
         return fake.result
 
-    module.UsageError, module.Options, module.run, module.replay = UsageError, Options, run, replay
+    module.UsageError, module.Options, module.run = UsageError, Options, run
+    again = types.ModuleType("dpocheck.replay")
+    again.replay = replay
+    monkeypatch.setitem(sys.modules, "dpocheck.replay", again)
     module.planned = lambda options: [(CHECKS["LOSS-MONOTONE"], None), (CHECKS["RUNS-BITS"], "needs train")]
     monkeypatch.setitem(sys.modules, "dpocheck.runner", module)
     monkeypatch.setattr(dpocheck, "runner", module, raising=False)

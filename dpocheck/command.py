@@ -29,6 +29,7 @@ from dpocheck.probes import tables
 
 __all__ = ["CommandError", "CommandFailed", "CommandFile", "CommandSubject", "read"]
 
+LOG_READ = 2**26  # characters of a log file
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
@@ -101,6 +102,7 @@ def _places(file: CommandFile) -> dict[str, str]:
     if found is None:
         raise CommandError(f"{file.path.name}: python is {python!r}, which is no program; name an interpreter")
     places = {"python": found, "bin": str(Path(found).parent), "environment": str(Path(found).parent.parent)}
+    places["here"] = str(file.path.parent.absolute())
     program = words(file.command, places | dict(file.defaults))[0]
     if shutil.which(program) is None:
         raise CommandError(
@@ -149,6 +151,7 @@ class _Run:
         self.hands_over = given and (how == "option" or (how == "resume" and differs))
         self.reference = Path(paths["reference"]).absolute() if self.hands_over else self.policy
         self.resume = folder / "resume" if self.hands_over and how == "resume" else None
+        self.before = _written(self.out / self.file.weights.last)  # by the run that this one resumes
         self._write_rows()
         if self.resume is not None:
             shutil.rmtree(self.resume, ignore_errors=True)
@@ -166,6 +169,7 @@ class _Run:
         sets += [(self.file.rows.evaluation, rows) for _, rows in self.experiment.evaluation]
         for name, rows in sets:
             text = "".join(json.dumps(record(row, self.file.rows.format)) + "\n" for row in rows)
+            (self.rows / name).parent.mkdir(parents=True, exist_ok=True)
             (self.rows / name).write_text(text, encoding="utf-8")
 
     @property
@@ -213,6 +217,8 @@ class _Run:
         """What the run left, as `TrainingProbe.reply` would say it."""
         weights = self.file.weights
         found = self.out / weights.last
+        if self.before is not None and _written(found) == self.before:
+            raise CommandFailed(f"wrote no weights: {found} is that of the run it resumed")
         end, arrays = self._state(found, f"weights.last, {weights.last!r}"), {}
         if self.experiment.body.kind == "speaking":
             arrays |= {f"weights.{name}": end[name] - old for name, old in self.start.items() if name in end}
@@ -256,7 +262,16 @@ class _Run:
             if not found:
                 return None
             path = found[-1][1]
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        if not path.is_file():
+            return None
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(LOG_READ)
+
+
+def _written(path: Path) -> int | None:
+    """When the newest weights at `path` were written, in ns."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=None)
 
 
 def saved(out: Path, pattern: str | None) -> list[tuple[int, Path]]:

@@ -7,7 +7,8 @@
     losses = { sigmoid = "" }
 
 is a whole description.  `conformance/commands/trl.toml` shows every other field in use.  Texts hold placeholders,
-`PLACEHOLDERS` plus the names under `[defaults]`.
+`PLACEHOLDERS` plus the names under `[defaults]`; {here} is the folder of the description, {work} the one that the
+command runs in.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dpocheck.adapter import Says
 PLACEHOLDERS = {
     # folders and programs
     "policy": "/p", "reference": "/r", "base": "/p", "resume": "/s", "rows": "/d", "out": "/o", "work": "/w",
-    "python": "python", "bin": "/bin", "environment": "/env",
+    "python": "python", "bin": "/bin", "environment": "/env", "here": "/h",
     # the recipe
     "beta": 0.1, "learning_rate": 1.0, "steps": 1, "microsteps": 1, "batch": 1, "accumulation": 1, "seed": 0,
     "epochs": 1, "max_length": 8, "clip_norm": 1.0, "weight_decay": 0.0, "momentum": 0.0, "warmup_steps": 0,

@@ -31,6 +31,7 @@ from dpocheck.probes import tables
 
 NORM = "model.norm.weight"
 LARGE = 2.0**20  # epsilon / k from which on Adam is SGD to a relative abs(gradient of a logit) / LARGE < 1e-6
+LARGEST = 2**30  # bytes of weights in a file; the largest probe has some MB
 STRONG = 2.0**2  # with k = STRONG * epsilon a logit's gradient of 1/4 makes G = epsilon, where r is read best
 
 
@@ -55,7 +56,8 @@ class Reading:
         if update.epsilon >= LARGE * k:
             return Reading(update, k, rate * update.epsilon / _factors(update)[0], k, rate, True)
         small = 2.0 ** math.ceil(math.log2(STRONG * update.epsilon))
-        return Reading(update, small, 1 / small, k, rate, False)
+        # r is about a; with this rate a step is of the size of the weights, so that their rounding costs no digits.
+        return Reading(update, small, 1 / (small * _factors(update)[0]), k, rate, False)
 
     def watches(self, name: str) -> bool:
         """Whether it means something that the parameter moved.
@@ -127,6 +129,8 @@ def read_weights(path: Path, what: str) -> dict[str, np.ndarray]:
         raise CommandFailed(f"wrote no weights: {path} is not there ({what})")
     state: dict[str, np.ndarray] = {}
     for file in files:
+        if file.stat().st_size > LARGEST:
+            raise CommandFailed(f"wrote {file.stat().st_size / 2**30:.1f} GB of weights into {file.name}; too much")
         try:
             for name, tensor in safetensors.deserialize(file.read_bytes()):
                 state[name] = _array(tensor)

@@ -21,7 +21,7 @@ import psutil
 
 KEPT = 64 * 1024  # bytes of output
 PIECE = 1 << 16
-POLL = 0.1  # seconds between two looks at the tree
+POLL = 0.25  # seconds between two looks at the tree
 
 # What a launcher, a test runner or a debugger leaves in the environment and a trainer would act on.
 _FOREIGN = re.compile(

@@ -7,7 +7,7 @@ import time
 
 import psutil
 import pytest
-from command_bench import COMMAND, described, experiment, put
+from command_bench import COMMAND, TRAINER, described, experiment, put
 
 from dpocheck.command import CommandFailed
 from dpocheck.command_run import KEPT, run
@@ -133,3 +133,18 @@ def test_a_run_that_resumes_finds_what_the_run_before_it_wrote(tmp_path):
         put(subject, experiment(reference=1, resume_from=1), tmp_path)
     assert f"{tmp_path}/run/out/00001/model.safetensors" in caught.value.output
     assert (tmp_path / "run/out/00001.safetensors").read_bytes() == kept
+
+
+def test_what_an_earlier_run_wrote_is_not_taken_for_the_resumed_run_s(tmp_path):
+    options = '{ resume_from = "--misbehave nothing" }'
+    subject = described(tmp_path, options=options)
+    put(subject, experiment(), tmp_path)
+    with pytest.raises(CommandFailed, match="is that of the run it resumed"):
+        put(subject, experiment(reference=1, resume_from=1), tmp_path)
+
+
+def test_a_script_beside_the_description_is_named_by_its_folder(tmp_path):
+    command = COMMAND.replace("'" + str(TRAINER) + "'", "{here}/train.py")
+    (tmp_path / "train.py").write_text(TRAINER.read_text())
+    _, arrays = put(described(tmp_path, command=command), experiment(), tmp_path)
+    assert (arrays["start"] != arrays["head"]).any()

@@ -1,19 +1,84 @@
-"""Which equation does the subject optimise?  Fitted from what it did, not from what it says."""
+"""Which equation does the subject optimise?  Fitted from what it did, not from what it says.
+
+For a loss of the sigmoid family L = -log sigma(s) the logit is s = -log(expm1(L)), exactly.  It is fitted as
+s = beta * (a1 lp_w + a2 lp_l + a3 rf_w + a4 rf_l) + b by least squares over pairs whose four log-probs differ in every
+direction; the residual tells whether the family is right at all.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpocheck.session import Predict
+import numpy as np
+
+from dpocheck.checks.loss import ARGUMENTS, HALF
+from dpocheck.experiment import Objective
+from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.subject import Subject
+
+NAMES = ("lp_w", "lp_l", "rf_w", "rf_l")
+DUE = np.array([1.0, -1.0, -1.0, 1.0, 0.0])
+NOTHING_FITTED = "not fitted: this route shows no losses of single pairs"
 
 
 @dataclass(frozen=True)
 class Equation:
+    """The fitted equation in words, the one that was asked for, and how far the fit is off (in the logit)."""
+
     text: str = ""
     asked: str = ""
     residual: float | None = None
+    coefficients: tuple[float, ...] = ()
+    same: bool | None = None
 
 
-def equation(subject: Subject, predict: Predict) -> Equation:
-    return Equation()
+def equation(subject: Subject) -> Equation:
+    """Fit the loss of `subject` on experiments that the checks have already put to it."""
+    asked = words(DUE, HALF.beta)
+    rows, logits = [], []
+    for experiment in ARGUMENTS:
+        seen = subject.observe(experiment)
+        losses = getattr(seen, "per_pair", None)
+        if losses is None:
+            return Equation(NOTHING_FITTED, asked)
+        for arguments, loss in zip(experiment.arguments().T, losses, strict=True):
+            if np.isfinite(loss) and loss > 0:
+                rows.append([*(HALF.beta * arguments), 1.0])
+                logits.append(-np.log(np.expm1(loss)))
+    if len(rows) < 10:
+        return Equation("not of the family -log sigma(...): its losses are not positive", asked)
+    fitted, *_ = np.linalg.lstsq(np.array(rows), np.array(logits), rcond=None)
+    residual = float(np.max(np.abs(np.array(rows) @ fitted - logits)))
+    if residual > 1e-3:
+        text = f"not of the form -log sigma(beta * linear): off by up to {residual:.2g} in the logit"
+        return Equation(text, asked, residual, tuple(fitted))
+    same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
+    text = words(fitted, HALF.beta) + "\n" + tokens(subject.theory)
+    return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
+
+
+def words(coefficients: np.ndarray, beta: float) -> str:
+    """The equation as people write it, chosen terms first."""
+    order = (0, 2, 1, 3)
+    terms = "".join(
+        f" {'-' if coefficients[i] < 0 else '+'} {abs(coefficients[i]):.3f} {NAMES[i]}" for i in order
+    ).replace("-", "−")
+    first = terms.removeprefix(" + ").removeprefix(" ")
+    offset = coefficients[4] if abs(coefficients[4]) > 5e-4 else 0.0
+    shift = f" {'−' if offset < 0 else '+'} {abs(offset):.3f}" if offset else ""
+    return f"mean over pairs of −log σ( {beta:.3f} · [ {first} ]{shift} )"
+
+
+def tokens(theory: Theory) -> str:
+    """Which tokens count, under the conventions found."""
+    ends = {"appended": "EOS appended and counted once", "none": "EOS only where the text has it"}
+    return f"lp, rf: sums over the completion's tokens, {ends.get(theory.eos, theory.eos)}; prompt 0, padding 0"
+
+
+def objective_words(objective: Objective) -> str:
+    """The objective asked for, in a line."""
+    extra = f", label smoothing {objective.label_smoothing:g}" if objective.label_smoothing else ""
+    return f"{'dpo' if objective.kind == 'sigmoid' else objective.kind}, beta {objective.beta:g}{extra}"
+
+
+__all__ = ["PAPER", "Equation", "equation", "objective_words", "words"]

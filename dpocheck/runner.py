@@ -85,12 +85,24 @@ def _audit(
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))
-    results = [diagnose.named(result, subject, cached_predict) for result in results]
-    equation = identify.equation(subject, cached_predict)
+    results = _diagnosed(results, session)
+    equation = identify.equation(subject)
     return Report(
         header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,
         equation_residual=equation.residual, seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _diagnosed(results: list[Result], session: Session) -> list[Result]:
+    subject = session.subject
+    others = [(e, s) for e, s in subject.witnesses() if not (s.raised or s.refused)]
+    precision = max(subject.precisions.values(), default=2.0**-24)
+    doctor = diagnose.Diagnostician(subject.theory, precision, cached_predict, cached_bound)
+    named = []
+    for result in results:
+        failing = diagnose.evidence(result.experiments, session.seen.get(result.id, ())) if session.seen.get(result.id) else []
+        named.append(doctor.named(result, failing, others))
+    return named
 
 
 def select(options: Options) -> list[Check]:

@@ -34,6 +34,7 @@ class Outcome:
     via: str | None = None
     output: str | None = None
     blocked_by: str | None = None
+    observed: tuple[Seen, ...] = ()
 
 
 class Session:
@@ -50,6 +51,7 @@ class Session:
         self.subject, self.predict, self.limit = subject, predict, limit
         self.tier, self.blocking = tier, blocking
         self.failed: dict[str, str] = {}  # scene family -> the check that failed first
+        self.seen: dict[str, tuple[Seen, ...]] = {}  # check -> what was observed of the scene it reports
 
     def result(self, check: Check) -> Result:
         began = time.perf_counter()
@@ -65,6 +67,7 @@ class Session:
             self.failed.setdefault(told.scene.family, check.id)
             if told.scene.family == "plain" and STAGES.index(check.stage) <= STAGES.index("gradient"):
                 self.failed.setdefault(EVERY, check.id)
+        self.seen[check.id] = told.observed
         return report(check, told, time.perf_counter() - began)
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
@@ -90,7 +93,7 @@ class Session:
         except Exception:
             comparison = Comparison("unknown", reason="the check itself broke: " + traceback.format_exc(limit=-2))
         output = next((seen.output for seen in observed if seen.output), None)
-        return Outcome(comparison, scene, observed[0].via, output)
+        return Outcome(comparison, scene, observed[0].via, output, observed=tuple(observed))
 
 
 def _severity(outcome: Outcome) -> tuple[int, float]:

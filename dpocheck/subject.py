@@ -72,6 +72,7 @@ class Subject:
         self.theory: Theory = PAPER  # with the conventions found so far
         self.precisions: dict[type, float] = {}
         self.memory: dict[str, Seen] = {}
+        self.asked: dict[str, Experiment] = {}
         self.calls = 0
 
     def close(self) -> None:
@@ -94,7 +95,16 @@ class Subject:
         name = key(experiment) + (self.theory.eos if "train" in self.capabilities else "")
         if name not in self.memory:
             self.memory[name] = self._observe(experiment)
+            self.asked[name] = experiment
         return self.memory[name]
+
+    def witnesses(self) -> list[tuple[Experiment, Seen]]:
+        """All that was seen of tables so far."""
+        return [
+            (experiment, self.memory[name])
+            for name, experiment in self.asked.items()
+            if not isinstance(experiment, TrainExperiment) or experiment.policy is not None
+        ]
 
     def _observe(self, experiment: Experiment) -> Seen:
         if derive.CAPABILITY[type(experiment)] in self.capabilities:

@@ -177,9 +177,12 @@ def _nudged(amount: float) -> tuple[LossExperiment, ...]:
     return tuple(replace(ORDINARY, **{name: tuple(x - amount for x in getattr(ORDINARY, name))}) for name in names)
 
 
+ARGUMENTS = (ORDINARY, *_nudged(0.5))
+
+
 @check(
     "LOSS-ARGUMENTS", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"}, source=EQ7,
-    scenes=[scene("each of the four log-probs lowered by 1/2", ORDINARY, *_nudged(0.5))],
+    scenes=[scene("each of the four log-probs lowered by 1/2", *ARGUMENTS)],
     claim="Each of the four log-probs enters the loss with its own sign and with weight beta.",
     covers=("LOSS-COEF-FIT", "LOSS-SIGN"), why="It names the term that is missing, doubled or turned round.",
     bug="The reference's rejected log-prob added where it should be subtracted.",

@@ -35,7 +35,7 @@ def list_rows(
             raise
         data = PairData((), error.report, "")
     if row is None:
-        return data.report.rows(reason)
+        return data.report.rows(reason) or ["no row was dropped or cut" + ("" if reason is None else f" for {reason}")]
     return _about(row, data, tokenizer)
 
 

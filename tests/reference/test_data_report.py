@@ -139,6 +139,13 @@ def test_the_listing_works_where_nothing_is_left():
     assert said == ["row 0: dropped, chosen = rejected: ' b'"]
 
 
+def test_a_listing_of_nothing_says_so():
+    rows = [row("a", " b", " c")]
+    assert list_rows(rows, word_level(WORDS), max_length=None) == ["no row was dropped or cut"]
+    said = list_rows(rows, word_level(WORDS), max_length=None, reason="identical")
+    assert said == ["no row was dropped or cut for identical"]
+
+
 def test_one_row_is_shown_with_what_is_scored():
     tokenizer = word_level(WORDS)
     rows = [row("a b", " c", " d e"), row("a", " b", " b")]

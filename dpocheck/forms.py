@@ -35,7 +35,8 @@ class Match:
     """A recognised function.  `roles`: parameter -> what it is given; `options`: option -> parameter.
 
     `shape`, of a loss: four, ratios (policy's and reference's chosen minus rejected), margins (policy minus reference
-    of each completion), rows (all log-probs in one vector with two index vectors), two (no reference).
+    of each completion), rows (all log-probs in one vector with two index vectors), tokens
+    (log-probs token by token, with a mask), two (no reference).  Of log-probs: pairs (it takes a batch of pairs).
     """
 
     form: str
@@ -67,7 +68,7 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
     options = tuple((option(p.name), p.name) for p in usable if option(p.name))
     rest = tuple(p for p in usable if not option(p.name))
     told = {p.name: concept(p.name) for p in rest}
-    for attempt in (_four, _paper, _ratios, _two, _step, _logps, _by_position):
+    for attempt in (_four, _paper, _ratios, _two, _logps, _step, _by_position):
         match = attempt(name, rest, told, options, owner)
         if match is None:
             continue
@@ -89,14 +90,17 @@ def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
         return f"it reads {', '.join(f'self.{one}' for one in sorted(facts.foreign)[:3])}, which is not known"
     if match.form == "loss" and not own & (PAIR_WORDS if match.by == "position" else LOSS_WORDS):
         return "looks like a loss, but its name does not say so"
+    said = [concept(text) for text in facts.strings | facts.fields | facts.attributes | set(dict(match.roles))]
+    sides = {c.which for c in said} >= {"chosen", "rejected"}
     if match.form == "sequence_logps":
-        if not own & {"logp"}:
+        if match.shape == "pairs" and not sides:
+            return "looks like log-probs of pairs, but nothing in it speaks of chosen and rejected"
+        if not own & {"logp"} and match.shape != "pairs":
             return "looks like sequence log-probs, but its name does not say so"
         if facts.known and not facts.calls & SUMS:
             return "looks like log-probs of single tokens"
     if match.form == "step":
-        said = [concept(text) for text in facts.strings | facts.fields | facts.attributes | set(dict(match.roles))]
-        if not own & STEP_WORDS or not {c.which for c in said} >= {"chosen", "rejected"}:
+        if not own & STEP_WORDS or not sides:
             return "looks like a step, but nothing in it speaks of chosen and rejected"
         if not any(c.who == "reference" for c in said):
             return "looks like a step, but nothing in it speaks of a reference"
@@ -109,7 +113,7 @@ def rank(match: Match, name: str) -> int:
     if match.form == "loss":
         return 0 if "dpo" in said else 2 if said & (PAIR_WORDS | {"hinge"}) else 1
     if match.form == "sequence_logps":
-        return 0 if {"completion", "prompt_length"} & {role for _, role in match.roles} or match.role("labels") else 1
+        return 1 if match.shape == "pairs" else 0
     return 0 if match.role("optimizer") else 1
 
 
@@ -138,15 +142,22 @@ def _lengths(told: Told) -> tuple[tuple[str, str], ...]:
 
 
 def _paper(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
-    """The form of the paper's appendix: all log-probs in one vector, and the indices of chosen and rejected."""
+    """All log-probs in one vector and the indices of chosen and rejected, as in the paper's appendix.
+
+    Or log-probs of single tokens and their mask, chosen rows first.
+    """
     roles = {}
     for n, c in told.items():
         if c.what == "index" and c.which:
             roles[n] = f"{c.which}_index"
         elif c.what == "logp" and c.who and not c.which:
             roles[n] = f"{c.who}_rows"
-    wanted = {"policy_rows", "reference_rows", "chosen_index", "rejected_index"}
-    return Match("loss", tuple(roles.items()), options, "rows") if set(roles.values()) == wanted else None
+        elif c.what in ("mask", "completion") and not c.which:
+            roles[n] = "token_mask"
+    for shape, wanted in (("rows", {"chosen_index", "rejected_index"}), ("tokens", {"token_mask"})):
+        if set(roles.values()) == {"policy_rows", "reference_rows"} | wanted:
+            return Match("loss", tuple(roles.items()), options, shape)
+    return None
 
 
 def _ratios(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
@@ -193,6 +204,8 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
     """Sequence log-probs from logits or from a model."""
     roles: dict[str, str] = {}
     plain: list[str] = []
+    if (batch := _pairs(name, told, owner)) is not None:
+        return Match("sequence_logps", batch, options, "pairs")
     for n, c in told.items():
         if c.what == "model" and c.who == "policy" and "model" not in roles.values():
             roles[n] = "model"
@@ -224,6 +237,15 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
     tokens = given & {"labels", "ids"} or given >= {"prompt_ids", "completion_ids"}
     which = given & {"labels", "completion", "prompt_length", "completion_ids"}
     return Match("sequence_logps", tuple(roles.items()), options) if tokens and which else None
+
+
+def _pairs(name: str, told: Told, owner: str) -> tuple[tuple[str, str], ...] | None:
+    """`concatenated_forward(model, batch)`: log-probs of chosen and of rejected."""
+    if not {*words(name)} & {"forward", "logp"} or name in ("forward", "__call__"):
+        return None
+    roles = {n: "batch" if is_batch(n) else "model" for n, c in told.items() if is_batch(n) or c.what == "model"}
+    given = sorted(roles.values())
+    return tuple(roles.items()) if given == ["batch", "model"] or (owner and given == ["batch"]) else None
 
 
 def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:

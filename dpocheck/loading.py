@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -85,6 +86,8 @@ def _file(path: Path) -> Any:
     if not path.is_file():
         raise NotLoadable(f"{path} is not a file")
     path = path.resolve()
+    if _is_relative(path):
+        return _in_package(path)
     name = f"dpocheck_subject_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     folder = str(path.parent)
     if folder not in sys.path:
@@ -97,6 +100,34 @@ def _file(path: Path) -> Any:
     except BaseException:
         del sys.modules[name]
         raise
+    return module
+
+
+def _is_relative(path: Path) -> bool:
+    """Does it import from its own package, `from .utils import x`?"""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return False
+    return any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+
+
+def _in_package(path: Path) -> Any:
+    """A file with relative imports goes by its name in its package, whose folder goes last on the path."""
+    folder, parts = path.parent, [path.stem]
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    if len(parts) == 1:
+        raise NotLoadable(f"{path} has relative imports, and its folder is no package: an __init__.py is missing there")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    module = importlib.import_module(".".join(parts))
+    if Path(module.__file__ or "").resolve() != path:
+        raise NotLoadable(
+            f"{path}: another package called {parts[0]!r} is installed, at {module.__file__}; "
+            "audit that one by its module's name, or run where it is not installed"
+        )
     return module
 
 

@@ -87,6 +87,11 @@ OPTIONS = {
     "device": {"device"},
     "tokenizer": {"tokenizer"},
     "config": {"config", "cfg", "args", "hparams", "conf", "settings", "training_args", "loss_config"},
+    "accelerator": {"accelerator", "fabric"},
+    "scheduler": {"scheduler", "lr_scheduler", "sched"},
+    "scaler": {"scaler", "grad_scaler"},
+    "clip": {"max_grad_norm", "max_norm", "clip_norm", "grad_clip", "clip_grad_norm", "gradient_clip", "clip"},
+    "counter": {"step", "global_step", "epoch", "iteration", "batch_idx", "step_idx"},
     "accumulation": {"grad_accum", "accumulation_steps", "gradient_accumulation_steps", "accum_steps"},
 }  # fmt: skip
 BATCH = {"batch", "inputs", "examples", "data", "sample", "samples", "micro_batch", "minibatch", "pairs", "pair_batch"}

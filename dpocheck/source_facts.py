@@ -34,7 +34,6 @@ class Facts:
     known: bool = field(default=True)  # False: there is no source to read
 
 
-ACCELERATORS = {"accelerator", "fabric", "strategy"}
 NOTHING = Facts(known=False)
 
 
@@ -136,7 +135,7 @@ def is_known(name: str) -> bool:
     """Can an attribute or a constructor's parameter of this name be given?"""
     said = concept(name)
     models = said.what in ("model", "optimizer") and not said.which
-    return option(name) is not None or models or name in ACCELERATORS
+    return option(name) is not None or models
 
 
 def _buildable(owner: ast.ClassDef) -> bool:

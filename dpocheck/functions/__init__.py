@@ -14,6 +14,12 @@ from dpocheck.parameters import NotRecognised, spelled
 __all__ = ["FunctionAdapter", "NotRecognised", "as_adapter", "combine"]
 
 
+class Said(str):
+    """Text that a report shows without quotation marks."""
+
+    __repr__ = str.__str__
+
+
 class FunctionAdapter:
     """An adapter with the capabilities of the functions it is made of, one each."""
 
@@ -41,11 +47,12 @@ class FunctionAdapter:
         """What was taken for granted, for the header of a report."""
         found: dict[str, Any] = {}
         for form, one in self.targets.items():
-            found[one.name] = f"{form}({spelled(one.parameters)}), by {one.match.by}"
+            found[one.name] = Said(f"{form}({spelled(one.parameters)}), by {one.match.by}")
             found |= {f"{one.name}: {key}": value for key, value in one.fixed.items()}
             moved = getattr(getattr(self, form), "moved", None)
             if moved is not None and one.match.role("logits"):
-                found[f"{one.name}: labels"] = "moved by one" if moved else "not moved: as transformers takes them"
+                how = "moved by one" if moved else "not moved: as transformers takes them"
+                found[f"{one.name}: labels"] = Said(how)
         return found
 
 

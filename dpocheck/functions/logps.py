@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dpocheck.adapter import Objective, TokenBatch
+from dpocheck.adapter import Objective, PairBatch, TokenBatch
+from dpocheck.forms import SUMS
+from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.models import expected, speaking
 from dpocheck.functions.target import Target
-from dpocheck.source_facts import Facts
+from dpocheck.parameters import concept
 
 MOVED = re.compile(r"shift|next|target", re.I)
 
@@ -39,10 +41,30 @@ class SequenceLogps:
         rows = batch.input_ids.shape[0]
         if self.single or self.singular:
             return self._row_by_row(model, batch)
+        if self.target.match.shape == "pairs":
+            return self._pairs(model, batch)
         out = reduce(self._ask(model, batch), batch)
         if out.ndim == 0 and rows > 1:  # written for one sequence
             return self._row_by_row(model, batch)
         return out.reshape(1) if out.ndim == 0 else out
+
+    def _pairs(self, model: Any, batch: TokenBatch) -> Any:
+        """A function of a batch of pairs is asked for each row as a pair with itself; the chosen's answer is taken."""
+        import torch
+
+        twice = (torch.cat([field, field]) for field in (batch.input_ids, batch.attention_mask, batch.completion_mask))
+        filled = pair_batch(PairBatch(*twice, max(pad_id(batch), 0)), self.target.facts, model, None)
+        given = {"model": model, "batch": filled, "settings": {"device": batch.input_ids.device}}
+        with speaking(expected(self.target.facts), model):
+            out = self.target.call(given, Objective(), {"policy": model})
+        if hasattr(out, "items"):
+            named = {name: concept(str(name)) for name in out}
+            wanted = [n for n, c in named.items() if c.which == "chosen" and c.what in ("logp", "") and not c.who]
+            wanted = wanted or [n for n, c in named.items() if c.which == "chosen" and c.what == "logp"]
+            out = out[wanted[0]] if wanted else next(iter(out.values()))
+        out = out[0] if isinstance(out, tuple | list) else out
+        rows = batch.input_ids.shape[0]
+        return out[:rows] if getattr(out, "ndim", 0) == 1 and len(out) == 2 * rows else out
 
     def _row_by_row(self, model: Any, batch: TokenBatch) -> Any:
         import torch
@@ -74,15 +96,13 @@ def tensors(batch: TokenBatch, target: Target, singular: bool) -> dict[str, Any]
     found = {"ids": ids.clone(), "attention": batch.attention_mask.clone(), "completion": counted.clone()}
     found["prompt_length"] = int(first[0]) if singular else first
     apart = {"completion", "prompt_length"} & {role for _, role in target.match.roles}
-    found["labels"] = ids.clone() if apart and not _ignores(target.facts) else ids.masked_fill(counted == 0, -100)
+    single = target.facts.known and not target.facts.calls & SUMS  # of log-probs of single tokens the mask comes later
+    raw = single or (apart and not target.facts.ignores)
+    found["labels"] = ids.clone() if raw else ids.masked_fill(counted == 0, -100)
     real = batch.attention_mask[0] == 1
     found["prompt_ids"] = ids[:1, (real & (counted[0] == 0))]
     found["completion_ids"] = ids[:1, (real & (counted[0] == 1))]
     return found
-
-
-def _ignores(facts: Facts) -> bool:
-    return facts.ignores
 
 
 def pad_id(batch: TokenBatch) -> int:

@@ -130,6 +130,17 @@ def arrange(shape: str, four: tuple[Any, ...]) -> dict[str, Any]:
             "chosen_index": torch.arange(pairs),
             "rejected_index": torch.arange(pairs, 2 * pairs),
         }
+    if shape == "tokens":  # each on the middle one of three tokens, chosen rows first
+        import torch
+
+        pad = torch.nn.functional.pad
+        policy = torch.cat([policy_chosen, policy_rejected])
+        reference = torch.cat([reference_chosen, reference_rejected])
+        return {
+            "policy_rows": pad(policy[:, None], (1, 1), value=-1.0),
+            "reference_rows": pad(reference[:, None], (1, 1), value=-1.0),
+            "token_mask": pad(torch.ones_like(policy)[:, None], (1, 1)),
+        }
     return {
         "policy_chosen": policy_chosen,
         "policy_rejected": policy_rejected,

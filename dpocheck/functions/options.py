@@ -7,6 +7,7 @@ module.  Where it has none and the experiment asks for something else than what 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 from dpocheck.adapter import Objective, Unsupported
@@ -38,7 +39,71 @@ def values(objective: Objective) -> dict[str, Any]:
         "ignored": -100,
         "encoder_decoder": False,
         "accumulation": 1,
+        "clip": math.inf,
+        "counter": 0,
+        "accelerator": Accelerator(),
+        "scheduler": Nothing(),
+        "scaler": Scaler(),
     }
+
+
+class Nothing:
+    """A schedule that changes nothing."""
+
+    def step(self, *_: Any, **__: Any) -> None:
+        return
+
+    def get_last_lr(self) -> list[float]:
+        return [0.0]
+
+
+class Scaler:
+    """A gradient scaler that scales by one."""
+
+    def scale(self, loss: Any) -> Any:
+        return loss
+
+    def step(self, optimizer: Any) -> None:
+        optimizer.step()
+
+    def unscale_(self, optimizer: Any = None) -> None:
+        return
+
+    update = unscale_
+
+    def get_scale(self) -> float:
+        return 1.0
+
+
+class Accelerator:
+    """One process on the CPU, as far as a loss or a step asks an accelerator for it."""
+
+    device = "cpu"
+    is_main_process = sync_gradients = True
+    num_processes = gradient_accumulation_steps = 1
+
+    def backward(self, loss: Any, **_: Any) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, *rest: Any) -> Any:
+        import torch
+
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, *rest)
+
+    def accumulate(self, *_: Any) -> Any:
+        return nullcontext()
+
+    autocast = accumulate
+
+    def unwrap_model(self, model: Any) -> Any:
+        return model
+
+    prepare = unwrap_model
+
+    def gather(self, tensor: Any) -> Any:
+        return tensor
+
+    gather_for_metrics = reduce = gather
 
 
 def own_kind(name: str) -> str | None:

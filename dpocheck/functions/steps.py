@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dpocheck.adapter import Objective, PairBatch, StepOut
@@ -37,7 +41,7 @@ class Step:
         given = models | {"batch": filled, "keys": filled.by_name}
         given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device}
         try:
-            with speaking(expected(self.target.facts), policy, reference):
+            with speaking(expected(self.target.facts), policy, reference), clipping_logits(policy, self.target):
                 out = self.target.call(given, objective, models)
             if not ran:
                 loss = unpack(out).loss
@@ -72,6 +76,43 @@ class Step:
         if optimizer.taken is not None:
             for parameter in policy.parameters():
                 parameter.grad = optimizer.taken.get(parameter)
+
+
+def unit(policy: Any) -> float:
+    """How much larger a gradient of the head is than that of a logit: k of a table model, 1 of any other.
+
+    The final norm of a table is k/sqrt(H) where the token stands (`probes.tables`).
+    """
+    try:
+        weight = policy.model.norm.weight
+        k = float(weight[0]) * math.sqrt(weight.numel())
+    except AttributeError:
+        return 1.0
+    return k if k > 100 else 1.0
+
+
+@contextmanager
+def clipping_logits(policy: Any, target: Target) -> Iterator[None]:
+    """A norm that the function clips at is meant for gradients of ordinary size; here it is one of logits.
+
+    Without this, a hard-coded clipping at 1 would act on every table, whose head has gradients k times larger.
+    """
+    import torch
+
+    scale, whole = unit(policy), torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters: Any, max_norm: float, *rest: Any, **named: Any) -> Any:
+        return whole(parameters, max_norm * scale, *rest, **named)
+
+    space = getattr(inspect.unwrap(target.function), "__globals__", {})
+    names = [name for name, value in space.items() if value is whole]
+    torch.nn.utils.clip_grad_norm_ = clip
+    space.update(dict.fromkeys(names, clip))
+    try:
+        yield
+    finally:
+        torch.nn.utils.clip_grad_norm_ = whole
+        space.update(dict.fromkeys(names, whole))
 
 
 def recording(policy: Any) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dpocheck import source_facts
@@ -18,9 +17,10 @@ from dpocheck.adapter import Objective
 from dpocheck.forms import Match, Refusal, doubt, recognise
 from dpocheck.functions import options
 from dpocheck.parameters import NotRecognised, Parameter, concept, option
-from dpocheck.source_facts import ACCELERATORS, NOTHING, Facts
+from dpocheck.source_facts import NOTHING, Facts
 
 MISSING = object()
+STANDINS = {"accelerator", "scheduler", "scaler", "counter"}  # given only to those who cannot do without
 
 
 @dataclass
@@ -82,9 +82,9 @@ class Target:
             return options.spelled_kind(known["kind"], parameter.default, self.facts.strings, self.name)
         if key == "average" and parameter.name == "mean" and not isinstance(parameter.default, bool | None):
             return MISSING
-        if key in known:
-            return known[key]
-        return MISSING
+        if key in STANDINS and not parameter.required:
+            return MISSING
+        return known.get(key, MISSING)
 
     @contextmanager
     def _told(self, known: dict[str, Any]) -> Iterator[None]:
@@ -157,8 +157,6 @@ class Target:
                 value = known[key]
             elif what in models and not callable(getattr(type(holder), name, None)):
                 value = models[what]
-            elif name in ACCELERATORS and old is None:
-                value = SimpleNamespace(device="cpu", backward=lambda loss, **_: loss.backward(), is_main_process=True)
             else:
                 continue
             try:

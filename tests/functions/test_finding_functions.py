@@ -33,8 +33,8 @@ def test_a_script_is_read_and_not_run():
     }
 
 
-def test_without_a_name_the_first_of_each_form_is_taken():
-    assert [one.name for one in recognise(AWKWARD)] == ["kwargs_dpo_loss", "get_batch_logps", "Trainer.train_step"]
+def test_without_a_name_the_plainest_of_each_form_is_taken():
+    assert [one.name for one in recognise(AWKWARD)] == ["kwargs_dpo_loss", "get_batch_logps", "hidden_dpo_step"]
 
 
 def test_a_candidate_says_how_it_was_recognised_and_what_is_fixed():
@@ -201,6 +201,22 @@ def test_a_file_that_shadows_a_library_shadows_nothing(tmp_path):
     text += "def dpo(pi_w, pi_l, ref_w, ref_l, beta):\n    return F.softplus(-beta * (pi_w - pi_l - ref_w + ref_l))\n"
     (tmp_path / "torch.py").write_text(text)
     assert ask(f"{tmp_path / 'torch.py'}:dpo", TWO)["reduced"] > 0
+
+
+def test_a_file_with_relative_imports_goes_by_its_package(tmp_path):
+    package = tmp_path / "somebodys_package_for_dpo"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "scale.py").write_text("def scaled(x, beta):\n    return beta * x\n")
+    text = "from .scale import scaled\n\n\ndef dpo(pi_w, pi_l, ref_w, ref_l, beta):\n"
+    (package / "loss.py").write_text(text + "    return scaled(pi_w - pi_l - ref_w + ref_l, beta)\n")
+    assert ask(f"{package / 'loss.py'}:dpo", TWO)["per_pair"] == pytest.approx([0.75, 0.25])  # 0.5 * (1.5, 0.5)
+
+
+def test_relative_imports_without_a_package_say_what_is_missing(tmp_path):
+    (tmp_path / "loss.py").write_text("from .scale import scaled\n")
+    with pytest.raises(loading.NotLoadable, match=r"an __init__.py is missing"):
+        loading.load(f"{tmp_path / 'loss.py'}:scaled")
 
 
 def test_a_module_of_torch_is_no_adapter_for_having_a_train_method():

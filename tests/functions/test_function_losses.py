@@ -29,7 +29,7 @@ HONEST = [
     "four_names", "indexed_dpo", "british_dpo", "other_order_loss", "short_dpo", "letters_dpo", "unnamed_dpo_loss",
     "ratio_loss", "model_ratio_loss", "typed_dpo", "global_dpo", "configured_dpo", "numpy_dpo", "plain_number_dpo",
     "lambda_dpo", "partial_dpo", "decorated_dpo", "DPOCriterion", "BigTrainer.dpo_loss", "BigTrainer.static_loss",
-    "named_tuple_dpo", "record_dpo", "DPOCriterion.forward",
+    "token_dpo_loss", "named_tuple_dpo", "record_dpo", "DPOCriterion.forward",
 ]  # fmt: skip
 EACH = [softplus(-0.5 * h) for h in H]  # -log sigma(beta h)
 SLOPE = [0.5 / (1 + math.exp(0.5 * h)) for h in H]  # beta sigma(-beta h)

@@ -29,6 +29,7 @@ HONEST = [
     "get_batch_logps", "logps_and_count", "cross_entropy_logps", "masked_logprobs", "response_logprob",
     "raw_model_logp", "tuple_model_logp", "labelled_logp", "prompt_length_logp", "premoved_logps", "token_logps",
     "sequence_logprob", "caller", "Scorer.batch_log_probs", "Scorer.compute_logprobs",
+    "concatenated_forward",
 ]  # fmt: skip
 
 
@@ -87,6 +88,7 @@ LOSS, GRADIENT = dpo_step(STEP)
 HONEST_STEPS = [
     "dpo_step", "clears_last_step", "compute_loss", "masks_without_attention_loss", "one_mask_loss", "nested_loss",
     "tensors_loss", "cached_reference_step", "joined_prompt_loss", "Trainer.train_step", "losses_of", "Trainer",
+    "full_step", "clipping_step",
 ]  # fmt: skip
 
 
@@ -133,3 +135,10 @@ def test_a_step_is_told_beta_or_its_module_is(tmp_path):
 def test_a_step_that_cannot_smooth_says_so(tmp_path):
     with pytest.raises(Unsupported, match="label_smoothing: dpo_step has no such parameter"):
         ask("steps:dpo_step", StepExperiment(**vars(STEP) | {"objective": Objective(label_smoothing=0.1)}), tmp_path)
+
+
+def test_a_clipping_that_acts_is_in_units_of_logits(tmp_path):
+    seen = ask("steps:tight_clipping_step", STEP, tmp_path)
+    norm = np.sqrt((GRADIENT**2).sum())
+    assert norm > 0.01
+    assert seen["gradient"] == pytest.approx(GRADIENT * 0.01 / norm, abs=FLOAT32)

@@ -91,6 +91,16 @@ def prefix_logp(model, input_ids, prompt_len):
     return each[:, prompt_len - 1 :].sum()
 
 
+def concatenated_forward(model, batch):
+    """Log-probs of chosen and of rejected, from one forward over both."""
+    ids = torch.cat([batch["chosen_input_ids"], batch["rejected_input_ids"]])
+    labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]])
+    attention = torch.cat([batch["chosen_attention_mask"], batch["rejected_attention_mask"]])
+    both = get_batch_logps(model(ids, attention_mask=attention).logits, labels)
+    pairs = batch["chosen_input_ids"].shape[0]
+    return both[:pairs], both[pairs:]
+
+
 class Scorer:
     pad_token_id = 0
 

@@ -13,6 +13,13 @@ from torch import nn
 BETA = 0.1
 
 
+def token_dpo_loss(ref_log_probs, policy_log_probs, mask, beta):
+    """Log-probs token by token, chosen rows first."""
+    gain = ((policy_log_probs - ref_log_probs) * mask).sum(dim=1)
+    half = gain.shape[0] // 2
+    return F.softplus(beta * (gain[half:] - gain[:half])).mean()
+
+
 def four_names(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
                beta, label_smoothing=0.0, ipo=False, reference_free=False):  # fmt: skip
     h = policy_chosen_logps - policy_rejected_logps

@@ -136,6 +136,39 @@ def joined_prompt_loss(batch, policy, reference, beta):
     return F.softplus(-beta * total).mean()
 
 
+def full_step(model, ref_model, batch, optimizer, scheduler, scaler, accelerator, beta, grad_accum=8, max_norm=0.001):
+    """With everything around it: what it cannot do without is given, and neither scales nor clips nor divides."""
+    loss = losses_of(batch, model, ref_model, beta).mean() / grad_accum
+    accelerator.backward(scaler.scale(loss))
+    scaler.unscale_(optimizer)
+    accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    scheduler.step()
+    optimizer.zero_grad()
+    return {"loss": loss}
+
+
+def clipping_step(policy, ref_model, batch, optimizer, beta):
+    """A hard-coded clipping at one: far above the gradient of the logits of any pair."""
+    optimizer.zero_grad()
+    loss = losses_of(batch, policy, ref_model, beta).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    return loss
+
+
+def tight_clipping_step(policy, ref_model, batch, optimizer, beta):
+    """Clips at a hundredth, which the gradient of the logits does exceed."""
+    optimizer.zero_grad()
+    loss = losses_of(batch, policy, ref_model, beta).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm=0.01)
+    optimizer.step()
+    return loss
+
+
 class Trainer:
     def __init__(self, model, ref_model, optimizer, beta=0.1):
         self.model, self.ref_model, self.optimizer, self.beta = model, ref_model, optimizer, beta

@@ -1,4 +1,4 @@
-"""Which right trainers differ in the loss, in the step, in a choice that the sources leave open, or in what they offer?"""
+"""Which right trainers differ in the loss, in the step, in a choice that is left open, or in what they offer?"""
 
 from __future__ import annotations
 

@@ -172,11 +172,11 @@ def shifted_twice(logits, batch):
     return mini.logps(torch.cat([logits[:, :1], logits[:, :-1]], dim=1), batch)
 
 
-@specimen("erases-the-prompt-in-place", part="logps", caught_by="STEP-NOTHING-HIDDEN", at=STEPS)
-def erases_the_prompt_in_place(logits, batch):
-    """Ignored labels are written into the input ids themselves: whoever reads the batch next sees no prompt."""
+@specimen("shifts-the-mask-in-place", part="logps", caught_by="REF-START", at=STEPS)
+def shifts_the_mask_in_place(logits, batch):
+    """The mask is shifted in the batch itself: the reference, which reads it next, counts one position too early."""
     found = mini.logps(logits, batch)
-    batch.input_ids[:, 1:].masked_fill_(batch.completion_mask[:, 1:] == 0, 0)
+    batch.completion_mask.copy_(_earlier(batch.completion_mask))
     return found
 
 

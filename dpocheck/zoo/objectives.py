@@ -104,7 +104,7 @@ _changed(
 )
 
 
-@specimen("arguments-changed-in-place", part="loss", caught_by="LOSS-PURE", at=LOSSES)
+@specimen("arguments-changed-in-place", part="loss", caught_by="LOSS-PURE", at=("loss",))
 def arguments_changed_in_place(*four, objective, lengths=None):
     """Reference log-probs are multiplied by beta in place: the loss is right, its arguments are not what they were."""
     out = mini.loss(*four, objective=objective, lengths=lengths)

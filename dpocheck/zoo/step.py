@@ -131,7 +131,6 @@ def accumulation_divided_twice(trainer, policy, window, score, recipe):
     "micro-batches-weigh-the-same",
     part="accumulate",
     caught_by="ACCUM-UNEVEN",
-    theory=PAPER.but(uneven="micro-batches"),
     imitates="modelscope/ms-swift#10144",
 )
 def micro_batches_weigh_the_same(trainer, policy, window, score, recipe):

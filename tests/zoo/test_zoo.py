@@ -111,16 +111,18 @@ def _sequence_logps(adapter):
 
 
 def _step(adapter):
-    cases = [(model(1, dropout=d), model(2, dropout=d), b) for d in (0.0, 0.5) for b in _batches()]
-    cases.append((model(1), None, pair_batch()))
-    for policy, reference, batch in cases:
+    plain = OBJECTIVES[0]
+    cases = [(model(1, dropout=d), model(2, dropout=d), b, plain) for d in (0.0, 0.5) for b in _batches()]
+    cases += [(model(1), None, pair_batch(), plain), (_loud(1), _loud(2), pair_batch(), plain)]
+    cases += [(model(1), model(2), pair_batch(), objective) for objective in OBJECTIVES[1:]]
+    for policy, reference, batch, objective in cases:
         torch.manual_seed(0)
         for other in () if reference is None else reference.parameters():
             other.requires_grad_(False)
         ids = batch.input_ids.clone()
-        out = adapter.step(policy, reference, batch, objective=Objective(beta=0.5))
+        out = adapter.step(policy, reference, batch, objective=objective)
         yield torch.tensor([float(out.loss)])
-        yield torch.tensor(sorted(out.metrics.values()))
+        yield torch.tensor([value for _, value in sorted(out.metrics.items())])
         yield from (torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters())
         gradients = [] if reference is None else [p.grad for p in reference.parameters() if p.grad is not None]
         yield torch.tensor([len(gradients), float(torch.equal(ids, batch.input_ids))])
@@ -133,10 +135,12 @@ SYSTEM = [
     for row in CHAT
 ]
 IMPLICIT = [
-    {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in ROWS
-] + [{"chosen": "w1 w2 w3", "rejected": "w1 w2"}, {"chosen": "w5 ", "rejected": "ow6 w7 w8"}]  # fmt: skip
+    {"chosen": "w1 w2 w3", "rejected": "w1 w2"},
+    {"chosen": "w5 ", "rejected": "ow6 w7 w8"},
+    *({side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in ROWS),
+]
 IMPLICIT_CHAT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in CHAT]
-ACCUMULATED = replace(BASE, batch=3, accumulation=2, steps=2)
+ACCUMULATED = replace(BASE, batch=3, accumulation=3, steps=2)
 LORA = replace(BASE, lora=Lora(2, 8.0, ("q_proj", "lm_head")), learning_rate=1.0)
 
 # name -> what is run; each is (rows, recipes of runs in one folder, arguments of the probe)
@@ -173,6 +177,14 @@ RUNS = {
     "pad is eos": (TEXT, [BASE], {"tokens": tokenizer(pad_is_eos=True)}),
     "keep start": (TEXT, [replace(BASE, max_length=5)], {}),
     "keep end": (TEXT, [replace(BASE, max_length=5, truncation="keep_end")], {}),
+    "loud": (TEXT, [BASE], {"policy": _loud(1), "reference": _loud(2)}),
+    "cdpo": (TEXT, [replace(BASE, objective=OBJECTIVES[2])], {}),
+    "robust": (TEXT, [replace(BASE, objective=OBJECTIVES[3])], {}),
+    "hinge": (TEXT, [replace(BASE, objective=OBJECTIVES[4])], {}),
+    "ipo": (TEXT, [replace(BASE, objective=OBJECTIVES[5])], {}),
+    "simpo": (TEXT, [replace(BASE, objective=OBJECTIVES[6])], {}),
+    "sft": (TEXT, [replace(BASE, objective=OBJECTIVES[7])], {}),
+    "by length": (TEXT, [replace(BASE, objective=OBJECTIVES[8])], {}),
     "lora": (TEXT, [LORA], {}),
     "lora itself": (TEXT, [LORA], {"reference": None}),
 }
@@ -240,13 +252,22 @@ def _same(mine, due, tolerance):
 def _likely(specimen):
     """Runs in the order in which they are likely to show the fault."""
     hints = {
-        "render": ["implicit", "chat", "system", "spaces", "implicit chat"], "tokenize": ["plain", "chat", "bos", "system", "spaces"],
-        "truncate": ["keep start", "keep end", "plain"], "clip": ["clipped", "loose clip"], "resume": ["resumed"],
-        "checkpoint": ["resumed"], "evaluate": ["evaluated"], "metrics": ["accumulated"], "accumulate": ["accumulated", "clipped"],
-        "reduce": ["plain", "ranks", "accumulated"], "update": ["decay", "momentum", "adamw", "plain"],
-        "order": ["long", "drop last", "accumulated", "ranks", "resumed"],
-        "reference": ["plain", "precomputed", "precomputed itself", "no reference", "lora", "lora itself", "stale", "spied", "resumed"],
-    }.get(specimen.part, [])  # fmt: skip
+        "render": "implicit, chat, system, spaces, implicit chat",
+        "tokenize": "plain, chat, bos, system, spaces",
+        "truncate": "keep start, keep end, plain",
+        "clip": "clipped, loose clip",
+        "resume": "resumed",
+        "checkpoint": "resumed",
+        "evaluate": "evaluated",
+        "metrics": "accumulated",
+        "accumulate": "accumulated, clipped",
+        "reduce": "plain, ranks, accumulated",
+        "update": "decay, momentum, adamw, plain",
+        "order": "long, drop last, accumulated, ranks, resumed",
+        "loss": "plain, loud, cdpo, robust, hinge, ipo, simpo, sft, by length",
+        "reference": "plain, precomputed, precomputed itself, no reference, lora, lora itself, stale, spied, resumed",
+    }.get(specimen.part)
+    hints = hints.split(", ") if hints else []
     return hints + [name for name in [*RUNS, "stale", "spied"] if name not in hints]
 
 
@@ -275,8 +296,8 @@ def test_a_specimen_runs_and_shows_at_each_capability_that_it_names(name, tmp_pa
 # about 5 and log-probs of about 30; gradients carry beta and the loss's slope, both at most 1.
 ROUNDING = 1e-4
 OPEN_CHOICES = {
-    "ties-are-right", "rewards-without-beta-declared", "ipo-by-length-declared", "micro-batches-weigh-the-same-declared",
-    "warm-up-from-zero", "tokenised-apart", "mean-loss-only",
+    "ties-are-right", "rewards-without-beta-declared", "ipo-by-length-declared", "warm-up-from-zero",
+    "micro-batches-weigh-the-same-declared", "tokenised-apart", "mean-loss-only",
 }  # fmt: skip
 
 
@@ -299,9 +320,9 @@ def test_an_open_choice_changes_nothing_but_itself(name, tmp_path, honest_folder
     adapter = build(name)
     run = "clipped" if name != "micro-batches-weigh-the-same-declared" else "plain"
     mine, due = (
-        [p.detach() for p in a.train(probe(tmp_path / n / "p"), {"train": ROWS}, RUNS[run][1][0], tmp_path / n).policy.parameters()]
+        list(a.train(probe(tmp_path / n / "p"), {"train": ROWS}, RUNS[run][1][0], tmp_path / n).policy.parameters())
         for n, a in (("a", adapter), ("b", MINIATURE))
-    )  # fmt: skip
+    )
     assert _same(mine, due, ROUNDING)
 
 

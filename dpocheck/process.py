@@ -24,7 +24,7 @@ import psutil
 
 from dpocheck.text import printable
 
-__all__ = ["DEFAULTS", "Process", "environment_for"]
+__all__ = ["DEFAULTS", "Process", "environment_for", "widen"]
 
 KEPT = 64 * 1024  # bytes of output
 MARK = "DPOCHECK_PROCESS"  # every descendant inherits it, however often it forked and changed session
@@ -69,6 +69,13 @@ def environment_for(folder: Path, told: Mapping[str, str] | None = None) -> dict
     """Ours, then what isolates and calms a trainer (`DEFAULTS`, caches inside `folder`), then what we were told."""
     kept = {k: v for k, v in os.environ.items() if k not in DROPPED and not k.startswith(DROPPED_PREFIXES)}
     return kept | DEFAULTS | {k: str(folder / v) for k, v in IN_FOLDER.items()} | dict(told or {})
+
+
+def widen(pipe: int) -> None:
+    """Let a pipe hold 1 MB instead of 64 KB, where the system can: fewer turns for a flood or a large array."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, 1031, 1 << 20)  # F_SETPIPE_SZ
 
 
 class _Output:
@@ -147,9 +154,7 @@ class Process:
     ) -> None:  # fmt: skip
         self.mark = uuid.uuid4().hex
         out_read, out_write = os.pipe()
-        if sys.platform.startswith("linux"):
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(out_write, 1031, 1 << 20)  # F_SETPIPE_SZ: fewer turns for a flood
+        widen(out_write)
         try:
             self.popen = subprocess.Popen(
                 list(command), stdin=subprocess.DEVNULL, stdout=out_write, stderr=out_write, cwd=cwd,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dpocheck import wire
-from dpocheck.process import Process, environment_for
+from dpocheck.process import Process, environment_for, widen
 from dpocheck.text import printable
 
 __all__ = ["Limits", "SubjectError", "Worker", "WorkerDied", "WorkerTimeout"]
@@ -249,6 +249,7 @@ class Worker:
                 os.close(fd)
         for fd in (requests, replies):
             os.set_blocking(fd, False)
+            widen(fd)
         self.starts += 1
         wait = _Wait(self._process, self.limits.memory_gb, self.limits.start_seconds, 0, "starting")
         try:

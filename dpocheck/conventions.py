@@ -38,6 +38,7 @@ class Question:
     words: dict[str, str]
     capability: str = "train"
     says: str | None = None
+    decide: Callable[[Subject], str | None] | None = None  # an answer that needs no oracle
 
 
 def _one_pair(theory: Theory) -> Experiment:
@@ -71,7 +72,20 @@ def _ipo_loss(theory: Theory) -> Experiment:
 
 
 def _reduction(theory: Theory) -> Experiment:
-    return LossExperiment((-3.5, -6.25, -2.0), (-6.0, -4.75, -3.5), (-4.0, -3.625, -2.5), (-5.0, -5.5, -3.0))
+    return _copies(3)
+
+
+def _copies(count: int) -> LossExperiment:
+    """The same pair `count` times."""
+    return LossExperiment((-3.5,) * count, (-6.0,) * count, (-4.0,) * count, (-5.0,) * count, Objective(beta=0.5))
+
+
+def _reduced_by(subject: Subject) -> str | None:
+    """Three copies of a pair give its own loss under a mean, three times as much under a sum."""
+    one, three = (getattr(subject.observe(_copies(count)), "reduced", None) for count in (1, 3))
+    if not one or three is None:
+        return None
+    return {1.0: "mean", 3.0: "sum"}.get(round(three / one, 2))
 
 
 def _uneven(theory: Theory) -> Experiment:
@@ -114,7 +128,7 @@ QUESTIONS = (
     }, "loss", says="ipo"),
     Question("CONV-REDUCTION", "reduction", "loss", "loss", _reduction, ("reduced",), {
         "mean": "the loss is the mean over the pairs", "sum": "the loss is the sum over the pairs",
-    }, "loss", says="reduction"),
+    }, "loss", says="reduction", decide=_reduced_by),
     Question("CONV-REWARD-SCALE", "reward_scale", "metrics", "metrics", _logged, ("rewards/chosen", "rewards/rejected"), {
         "beta": "logged rewards are beta times the log-ratio", "one": "logged rewards are log-ratios, without beta",
     }, says="reward_scale"),
@@ -157,6 +171,11 @@ def ask(question: Question, subject: Subject, predict: Predict) -> Result | None
     seen = subject.observe(experiment)
     if seen.raised or seen.refused:
         return None
+    if question.decide:
+        answer = question.decide(subject)
+        if answer is None:
+            return _result(question, experiment, "unknown", None, "no allowed answer fits")
+        return _answered(question, experiment, subject, answer)
     distances = {}
     for value in question.words:
         theory = subject.theory.but(**{question.field: value})
@@ -170,6 +189,11 @@ def ask(question: Question, subject: Subject, predict: Predict) -> Result | None
         return None  # the answers do not differ here
     if least * CLEARLY > second:
         return _result(question, experiment, "unknown", None, "no allowed answer is clearly the nearest")
+    return _answered(question, experiment, subject, best)
+
+
+def _answered(question: Question, experiment: Experiment, subject: Subject, best: str) -> Result:
+    """Take the answer for all later predictions, and hold it against what is promised."""
     assert best in CONVENTIONS[question.field]
     subject.theory = subject.theory.but(**{question.field: best})
     promised = getattr(subject.says, question.says) if question.says else None

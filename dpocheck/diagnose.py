@@ -21,7 +21,7 @@ from dpocheck.result import Diagnosis, Result
 from dpocheck.session import Limit, Predict
 
 SHOWN = 3  # diagnoses that a report names
-NEAR = 0.5  # a fault that leaves more than this share of the error explains nothing
+NEAR = 0.2  # a fault that leaves more than this share of the error explains nothing
 EXACT = 0.02
 WITNESSES = 24  # further observations that decide between faults which explain the failure equally well
 FIELDS: dict[type, tuple[str, ...]] = {
@@ -72,7 +72,10 @@ class Diagnostician:
             paper = self.predict(experiment, self.theory)
             for name, value in observables(seen):
                 truth, other = _field(paper, name), _field(wrong, name)
-                if truth is None or other is None:
+                if truth is None:
+                    continue
+                if other is None:  # the fault leaves this observable open, so it explains nothing of it
+                    worst = max(worst, 1.0)
                     continue
                 noise = np.max(self._noise(experiment, name, seen))
                 worst = max(worst, _share(value, truth, other, float(noise)))
@@ -164,12 +167,12 @@ def _size(error: np.ndarray) -> float:
     return float(np.linalg.norm(clipped))
 
 
-def evidence(experiments: tuple[Experiment, ...], observed: tuple[Seen, ...]) -> Evidence:
-    """What was seen of the failing scene; runs that raised or were refused tell nothing."""
+def evidence(observed: Evidence) -> Evidence:
+    """What was seen in the failing scenes; runs that raised or were refused, or had no table, tell nothing."""
     kept = (TrainExperiment, StepExperiment, Sequence)
     return [
         (experiment, seen)
-        for experiment, seen in zip(experiments, observed, strict=True)
+        for experiment, seen in observed
         if not (seen.raised or seen.refused) and (not isinstance(experiment, kept) or _tabular(experiment))
     ]
 

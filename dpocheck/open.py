@@ -6,6 +6,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from dpocheck.find import recognise
+from dpocheck.loading import split
+from dpocheck.parameters import NotRecognised
 from dpocheck.subject import Broken, InFiles, InProcess, InWorker, Refused, Subject
 
 
@@ -53,12 +56,17 @@ def _command(path: Path, folder: Path, timeout: float, memory: float) -> Any:
 
 def _exists(name: str) -> None:
     """Refuse, before a worker starts, what can be seen to be wrong without importing anything."""
-    place, _, attribute = name.partition(":")
-    if place == "zoo":
+    place, attribute = split(name)
+    if place == "zoo" or place.startswith("zoo:"):
         return
     if place.endswith(".py"):
         if not Path(place).is_file():
             raise UsageError(f"{place} is not a file; give the path of a Python file, such as train.py:dpo_loss")
+        if not attribute:
+            try:
+                recognise(place)
+            except NotRecognised as refusal:
+                raise UsageError(str(refusal)) from refusal
         return
     if attribute or "." in place:
         return

@@ -100,8 +100,7 @@ def _diagnosed(results: list[Result], session: Session) -> list[Result]:
     doctor = diagnose.Diagnostician(subject.theory, precision, cached_predict, cached_bound)
     named = []
     for result in results:
-        failing = diagnose.evidence(result.experiments, session.seen.get(result.id, ())) if session.seen.get(result.id) else []
-        named.append(doctor.named(result, failing, others))
+        named.append(doctor.named(result, diagnose.evidence(session.seen.get(result.id, [])), others))
     return named
 
 

@@ -51,7 +51,7 @@ class Session:
         self.subject, self.predict, self.limit = subject, predict, limit
         self.tier, self.blocking = tier, blocking
         self.failed: dict[str, str] = {}  # scene family -> the check that failed first
-        self.seen: dict[str, tuple[Seen, ...]] = {}  # check -> what was observed of the scene it reports
+        self.seen: dict[str, list[tuple[Experiment, Seen]]] = {}  # check -> what was observed in its scenes
 
     def result(self, check: Check) -> Result:
         began = time.perf_counter()
@@ -67,11 +67,16 @@ class Session:
             self.failed.setdefault(told.scene.family, check.id)
             if told.scene.family == "plain" and STAGES.index(check.stage) <= STAGES.index("gradient"):
                 self.failed.setdefault(EVERY, check.id)
-        self.seen[check.id] = told.observed
+        self.seen[check.id] = [
+            pair for each in outcomes for pair in zip(each.scene.experiments, each.observed, strict=False)
+        ]
         return report(check, told, time.perf_counter() - began)
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
         """Observe one scene and judge it."""
+        for experiment in scene.experiments:
+            if reason := self.subject.cannot(experiment):
+                return Outcome(Comparison("not-applicable", reason=reason), scene)
         blocker = self.failed.get(EVERY) or self.failed.get(scene.family)
         if self.blocking and blocker:
             return Outcome(Comparison("blocked", reason=f"{blocker} failed before"), scene, blocked_by=blocker)

@@ -106,9 +106,19 @@ class Subject:
             if not isinstance(experiment, TrainExperiment) or experiment.policy is not None
         ]
 
+    def cannot(self, experiment: Experiment) -> str | None:
+        """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""
+        if isinstance(experiment, Sequence):
+            return None if "train" in self.capabilities else "the subject has no `train`"
+        if derive.CAPABILITY[type(experiment)] in self.capabilities:
+            return None
+        plan = derive.plan(experiment, self.capabilities, self.theory)
+        return plan if isinstance(plan, str) else None
+
     def _observe(self, experiment: Experiment) -> Seen:
         if derive.CAPABILITY[type(experiment)] in self.capabilities:
-            return self._native(experiment, self.folder / key(experiment)[:16], None)
+            seen = self._native(experiment, self.folder / key(experiment)[:16], None)
+            return self._one_by_one(experiment, seen) if isinstance(experiment, LossExperiment) else seen
         plan = derive.plan(experiment, self.capabilities, self.theory)
         if isinstance(plan, str):
             return reading.empty(experiment, via="derived", refused=plan)
@@ -120,6 +130,22 @@ class Subject:
                     experiment, via="derived", died=answer.died, in_adapter=answer.in_adapter, **told
                 )
         return plan.read(answers)
+
+    def _one_by_one(self, experiment: LossExperiment, seen: Any) -> Seen:
+        """Where only a reduced loss comes back, the loss of each pair is what it is alone."""
+        pairs = len(experiment.policy_chosen)
+        if seen.raised or seen.refused or seen.per_pair is not None or experiment.calls != 1:
+            return seen
+        alone = []
+        for i in range(pairs):
+            one = LossExperiment(
+                *((row[i],) for row in experiment.arguments().tolist()), experiment.objective,
+                experiment.lengths and (experiment.lengths[i],), experiment.dtype,
+            )  # fmt: skip
+            alone.append(self.observe(one))
+        if any(answer.raised or answer.refused for answer in alone):
+            return seen
+        return replace(seen, per_pair=np.array([answer.per_pair[0] for answer in alone]))  # type: ignore[attr-defined]
 
     def _sequence(self, experiment: Sequence) -> SequenceSeen:
         if "train" not in self.capabilities:

@@ -34,9 +34,8 @@ def at(margins: tuple[float, ...], beta: float = 0.5) -> LossExperiment:
 
 
 def values(case: Case, index: int = 0) -> Comparison:
-    """The per-pair losses where they are visible, else what they are reduced to."""
-    seen = case.observed[index]
-    return agree(case, "per_pair" if seen.per_pair is not None else "reduced", index)
+    """The losses of the pairs, and what the batch is reduced to."""
+    return worst([agree(case, "per_pair", index), agree(case, "reduced", index)])
 
 
 @check(

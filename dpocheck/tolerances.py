@@ -91,7 +91,7 @@ def _(experiment: LogpExperiment, field: str, predicted: Seen, u: float, theory:
     for row in range(counted.rows):
         slope = np.zeros(counted.rows)
         slope[row] = 1.0 / divisor[row]
-        states = state_errors(scores, counted, slope, np.zeros(counted.rows), 1.0, u)
+        states = state_errors(scores, counted, slope, np.zeros(counted.rows), 1.0, u, TINY[experiment.dtype])
         rows.append(logps.spread(states, counted, size)[0])
     return np.array(rows)
 

@@ -42,10 +42,12 @@ def sigmoid_error(m: np.ndarray, e: np.ndarray, u: float, tiny: float) -> np.nda
     """Of sigma(-m), where m carries an error of at most e.
 
     |d log sigma(-m)| <= 1, so sigma changes by a factor within exp(+-e), and by 1 at most.  Six roundings: exponential,
-    sum, quotient, and the products of the chain rule with its sign and weight.
+    sum, quotient, and the products of the chain rule with its sign and weight.  The form sigma(m) - 1, which a binary
+    cross-entropy has, rounds at the size of sigma(m): exponential, sum, quotient.  The form exp(-m - log(1 + exp(-m)))
+    rounds its exponent, by u |m| at most: less than e, which holds five roundings of m's own terms.
     """
     moved = np.minimum(1.0, expit(-m) * np.expm1(np.minimum(e, 700.0)))
-    return moved + 6.0 * u * expit(-m) + tiny + np.where(m < -THRESHOLD, MISSING, 0.0)
+    return moved + 6.0 * u * expit(-m) + 3.0 * u * expit(m) + tiny + np.where(m < -THRESHOLD, MISSING, 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,13 +58,14 @@ class BatchError:
 
 def state_errors(
     scores: Scores, positions: Positions, slope: np.ndarray, row_slope: np.ndarray, terms: float, u: float,
-    perturbed: float = 0.0,
+    tiny: float, perturbed: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """(state, target): of the gradient with respect to each state's logits.
 
     A position contributes slope * (e_y - p).  The slope of its row carries an error `row_slope`; p is off by a relative
     token error and four roundings (the exponential, the products), 1 - p and the product by two; all contributions
-    are summed, `terms` more of them than at this state.  `perturbed` as in `sequence_error`: p moves by at most half
+    are summed, `terms` more of them than at this state.  A probability or product below `tiny`, the smallest normal
+    number, may become 0.  `perturbed` as in `sequence_error`: p moves by at most half
     of it (the softmax has a Lipschitz constant of 1/2).
     """
     state, target, times = positions.state, positions.target, positions.times
@@ -80,7 +81,7 @@ def state_errors(
     size = own_sum * p
     np.add.at(error, (state, target), off + 2.0 * u * own)
     np.add.at(size, (state, target), own)
-    return error + gamma(occurrences + terms, u) * size
+    return error + gamma(occurrences + terms, u) * size + 2.0 * tiny * occurrences
 
 
 def batch_error(
@@ -101,7 +102,7 @@ def batch_error(
     for index, side in enumerate(sides):
         np.add.at(slope, side, np.abs(out_loss.slopes[index]))
         np.add.at(row_slope, side, loss.slopes[index])
-    states = state_errors(scores, batch.policy, slope / divisor, row_slope / divisor, batch.pairs, u, perturbed)
+    states = state_errors(scores, batch.policy, slope / divisor, row_slope / divisor, batch.pairs, u, tiny, perturbed)
     # A glass body's shares are themselves off by a few roundings of the attention's softmax and sums.
     cells, shares = spread(states, batch.policy, batch.size)
     if shares is not None:

@@ -56,7 +56,7 @@ class Transport(Protocol):
     about: dict[str, Any]
     isolation: str
 
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply: ...
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply: ...
 
     def close(self) -> None: ...
 
@@ -153,7 +153,7 @@ class Subject:
         folder = self.folder / f"{key(experiment)[:16]}-{self.calls}"
         runs: list[Any] = []
         for number, run in enumerate(experiment.runs):
-            runs.append(self._native(run, folder / f"run{number}", folder / "shared"))
+            runs.append(self._native(run, folder / f"run{number}", folder / "shared", number))
             if runs[-1].raised or runs[-1].refused:
                 last = runs[-1]
                 return SequenceSeen(
@@ -162,13 +162,15 @@ class Subject:
                 )  # fmt: skip
         return SequenceSeen(runs=tuple(runs), via=runs[-1].via)
 
-    def _native(self, experiment: Experiment, folder: Path, shared: Path | None) -> Seen:
+    def _native(self, experiment: Experiment, folder: Path, shared: Path | None, number: int = 0) -> Seen:
+        """Put one experiment to the subject.  The `number`-th run of a sequence starts from random numbers of its own:
+        a trainer that ignores its seed does not repeat itself by our doing."""
         self.calls += 1
         started = time.perf_counter()
         via = "files" if self.transport.about.get("form") == "command line" else "native"
         paths = checkpoints(experiment, folder)
         try:
-            payload, arrays = self.transport.answer(experiment, paths, shared or folder / "run")
+            payload, arrays = self.transport.answer(experiment, paths, shared or folder / "run", number)
             return replace(
                 reading.seen(experiment, payload, arrays, via), seconds=time.perf_counter() - started
             )
@@ -234,7 +236,7 @@ class InProcess:
         self.state = {"adapter": adapter}
         self.about = answer.describe(adapter)
 
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         from dpocheck.adapter import Unsupported
 
         payload = json.loads(json.dumps(request(experiment, paths, folder)))
@@ -268,8 +270,9 @@ class InWorker:
     def _open(self) -> dict[str, Any]:
         return self._call("open", {"subject": self.subject})[0]
 
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
-        return self._call("observe", {"subject": self.subject} | request(experiment, paths, folder))
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
+        asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
+        return self._call("observe", asked)
 
     def _call(self, op: str, payload: dict[str, Any]) -> Reply:
         try:
@@ -297,7 +300,7 @@ class InFiles:
             "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
         }  # fmt: skip
 
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path) -> Reply:
+    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         from dpocheck.command import CommandFailed
 
         assert isinstance(experiment, TrainExperiment)

@@ -47,6 +47,8 @@ class CommandSubject:
         self.places = _places(file)
         self.forced = _fixed(file)
         self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())
+        if file.rows.template is not None:
+            self.stubs += (f"chat template of a tokenizer that has none: {file.rows.template}",)
         self.version = self._version()
 
     def _version(self) -> str | None:
@@ -144,12 +146,14 @@ class _Run:
             (folder / name).mkdir(parents=True, exist_ok=True)
         policy = Path(paths["policy"]).absolute()
         self.start = tables.read_state(policy)
-        self.policy = self.reading.rescaled(policy, folder / "policy")
+        self.policy = self._templated(self.reading.rescaled(policy, folder / "policy"), folder / "policy")
         given, how = experiment.reference is not None, self.file.reference.how
         # Resuming is needed only for a reference that differs; an option is used whenever one is handed over.
         differs = experiment.reference != experiment.policy
         self.hands_over = given and (how == "option" or (how == "resume" and differs))
-        self.reference = Path(paths["reference"]).absolute() if self.hands_over else self.policy
+        self.reference = self.policy
+        if self.hands_over:
+            self.reference = self._templated(Path(paths["reference"]).absolute(), folder / "reference")
         self.resume = folder / "resume" if self.hands_over and how == "resume" else None
         self.before = _written(self.out / self.file.weights.last)  # by the run that this one resumes
         self._write_rows()
@@ -162,6 +166,18 @@ class _Run:
                 path = path if path.is_absolute() else self.work / path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(expand(content, self.values), encoding="utf-8")
+
+    def _templated(self, checkpoint: Path, copy: Path) -> Path:
+        """The checkpoint with the description's chat template, if it has one and the tokenizer has none."""
+        if self.file.rows.template is None or self.experiment.tokenizer.template is not None:
+            return checkpoint
+        if checkpoint != copy:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(checkpoint, copy)
+        place = copy / "tokenizer_config.json"
+        config = json.loads(place.read_text(encoding="utf-8")) | {"chat_template": self.file.rows.template}
+        place.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        return copy
 
     def _write_rows(self) -> None:
         names = [self.file.rows.file, self.file.rows.also] if self.file.rows.also else [self.file.rows.file]
@@ -235,8 +251,8 @@ class _Run:
         }
         evaluation = self.experiment.evaluation[0][0] if self.experiment.evaluation else None
         fields = {
-            "history": history(self.file.log, matches, self._logged(), evaluation), "moved": moved,
-            "digest": tables.digest(end), "start_digest": tables.digest(self.start),
+            "history": history(self.file.log, matches, self._logged(), evaluation, self.recipe.accumulation),
+            "moved": moved, "digest": tables.digest(end), "start_digest": tables.digest(self.start),
         }  # fmt: skip
         return {"fields": fields, "spies": {}}, arrays
 

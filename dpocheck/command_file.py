@@ -69,13 +69,18 @@ def _choice(*values: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Rows:
-    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does to the rows."""
+    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does to the rows.
+
+    `template`: for a trainer that renders plain text, too, by a chat template: the one (Jinja) that a tokenizer without
+    a template of its own is given.
+    """
 
     file: str
     format: str = _choice("prompt-chosen-rejected", "messages", "hh", default="prompt-chosen-rejected")
     also: str | None = None
     evaluation: str | None = None  # the file of the held-out set, where `options.evaluation` can ask for one
     order: str = _choice("kept", "shuffled", default="shuffled")
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ class Log:
     """What the trainer logs: `step` matches one entry; its named groups are metrics (`rewards_chosen` is
     rewards/chosen; `step` is the number of the step).  `metric`, with groups `name` and `value`, reads an entry
     whose metrics have their own names.  `file`: read there, under {out}, not in the output, whose lines are matched one
-    by one.  `digits`: significant digits printed.  `names`: the trainer's name -> TRL's."""
+    by one.  `digits`: significant digits printed.  `names`: the trainer's name -> TRL's.  `counts`: what one entry, or
+    its `step`, stands for."""
 
     step: str
     metric: str | None = None
@@ -132,6 +138,7 @@ class Log:
     digits: int = 17
     names: Mapping[str, str] = field(default_factory=dict)
     evaluation_prefix: str = "eval_"
+    counts: str = _choice("steps", "microsteps", default="steps")
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,13 @@ def matches_of(text: str, log: Log) -> list[dict[str, str]]:
     return found
 
 
-def history(log: Log | None, matches: list[dict[str, str]], text: str | None, evaluation: str | None) -> list[dict]:
-    """History entries, each `{"step", "split", "metrics"}`; entries without a step of their own are counted."""
+def history(
+    log: Log | None, matches: list[dict[str, str]], text: str | None, evaluation: str | None, accumulation: int = 1
+) -> list[dict]:
+    """History entries, each `{"step", "split", "metrics"}`; entries without a step of their own are counted.
+
+    Where the trainer counts micro-batches, the step is the one that a micro-batch belongs to.
+    """
     if log is None:
         return []
     entries: list[dict[str, Any]] = []
@@ -51,5 +56,8 @@ def history(log: Log | None, matches: list[dict[str, str]], text: str | None, ev
             cut = len(log.evaluation_prefix)
             metrics = {name[cut:]: metrics[name] for name in held}
         trained += split == "train"
-        entries.append({"step": int(step) if step is not None else trained, "split": split, "metrics": metrics})
+        step = int(step) if step is not None else trained
+        if log.counts == "microsteps":
+            step = -(-step // accumulation)
+        entries.append({"step": step, "split": split, "metrics": metrics})
     return entries

@@ -70,3 +70,9 @@ def test_a_summary_is_told_from_a_step():
 
 def test_without_a_log_there_is_no_history():
     assert history(None, [], None, None) == []
+
+
+def test_micro_batches_are_counted_as_the_steps_they_belong_to():
+    log = Log(step=r"Iter (?P<step>\d+): loss (?P<loss>\S+)", counts="microsteps")
+    text = "\n".join(f"Iter {i}: loss {i}.0" for i in range(1, 6))
+    assert [entry["step"] for entry in history(log, matches_of(text, log), None, None, 2)] == [1, 1, 2, 2, 3]

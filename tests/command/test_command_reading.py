@@ -1,5 +1,7 @@
 """The gradient read off the files is the closed form, whichever optimizer the command line uses."""
 
+import json
+
 import numpy as np
 import pytest
 from command_bench import described, experiment, put, seen
@@ -182,3 +184,14 @@ def test_digests_tell_the_start_from_the_end(tmp_path):
     assert fields["digest"] != fields["start_digest"]
     assert [name for name, size in fields["moved"].items() if size] == ["lm_head.weight"]
     assert arrays["start"].shape == (SIZE, SIZE)
+
+
+def test_a_trainer_that_needs_a_chat_template_is_given_one_where_the_tokenizer_has_none(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = f'{{ file = "train.jsonl", order = "kept", template = "{template}" }}'
+    subject = described(tmp_path, rows=rows)
+    put(subject, experiment(), tmp_path)
+    given = json.loads((tmp_path / "run/policy/tokenizer_config.json").read_text())
+    assert given["chat_template"] == template
+    assert "chat_template" not in json.loads((tmp_path / "policy/tokenizer_config.json").read_text())
+    assert any(template in stub for stub in subject.stubs)

@@ -251,6 +251,7 @@ def _pairs(name: str, told: Told, owner: str) -> tuple[tuple[str, str], ...] | N
 def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
     """A step: a batch (whole, or by its tensors) and the models, which a method may hold in its attributes."""
     roles: dict[str, str] = {}
+    indexed = {c.which for c in told.values() if c.what == "index"} == {"chosen", "rejected"}
     for n, c in told.items():
         if is_batch(n):
             roles[n] = "batch"
@@ -258,7 +259,7 @@ def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
             roles[n] = c.who
         elif c.what == "optimizer":
             roles[n] = "optimizer"
-        elif _is_tensor(c):
+        elif _is_tensor(c) or (indexed and c.what in ("ids", "labels", "attention", "completion", "mask")):
             roles[n] = "key"
     given = list(roles.values())
     if any(given.count(once) > 1 for once in ("batch", "policy", "reference", "optimizer")):
@@ -266,7 +267,7 @@ def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
     if "batch" not in given:
         tensors = [told[n] for n, role in roles.items() if role == "key"]
         sides = {c.which for c in tensors if c.what in ("ids", "side")}
-        if sides != {"chosen", "rejected"}:
+        if sides != {"chosen", "rejected"} and not (indexed and any(c.what == "ids" for c in tensors)):
             return None
     if "policy" not in given and not owner:
         return None
@@ -278,5 +279,5 @@ def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
 def _is_tensor(said: Concept) -> bool:
     """Is a parameter of this name one of the tensors of a batch?"""
     if said.which:
-        return said.what not in ("reward", "ratio", "index", "logits", "optimizer")
+        return said.what not in ("reward", "ratio", "logits", "optimizer")
     return said.prompt and said.what in ("ids", "length", "attention", "mask")

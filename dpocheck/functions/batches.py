@@ -40,7 +40,8 @@ class Batch(dict):
 class Keys:
     """Answers to the name of one tensor of a batch."""
 
-    def __init__(self, batch: PairBatch, facts: Facts, policy: Any, reference: Any) -> None:
+    def __init__(self, batch: PairBatch, facts: Facts, policy: Any, reference: Any, labels: str) -> None:
+        self.labels = labels
         self.batch, self.facts, self.policy, self.reference = batch, facts, policy, reference
         self.said = {name: concept(name) for name in facts.strings | facts.fields}
         kinds = {said.what for said in self.said.values() if said.which or said.completion}
@@ -59,11 +60,14 @@ class Keys:
     def names(self) -> list[str]:
         """The keys that the source names; the usual ones where it names none."""
         found = [name for name in self.facts.strings if self._is_key(self.said[name])]
-        if not any(self.said[name].which for name in found):
+        tensors = {"ids", "attention", "labels", "completion", "mask"}
+        if not any(self.said[name].which and self.said[name].what in tensors for name in found) and not self.nested:
             found += [f"{side}_{name}" for side in ("chosen", "rejected") for name in USUAL]
         return sorted(name for name in found if self._known(name))
 
     def _is_key(self, said: Concept) -> bool:
+        if said.what == "logp":  # of the policy they are what a step computes, not what it is given
+            return said.which != "" and said.who == "reference"
         return bool(said.which or said.prompt or said.what in ("ids", "attention", "labels", "completion", "mask"))
 
     def _known(self, name: str) -> bool:
@@ -75,11 +79,15 @@ class Keys:
 
     def __call__(self, name: str) -> Any:
         """The tensor of this name.  Raises KeyError for a name that says nothing."""
+        import torch
+
         said = concept(name)
         if option(name) == "pad":
             return self.batch.pad_token_id
         pairs = self.batch.pairs
         rows = {"chosen": slice(0, pairs), "rejected": slice(pairs, None), "": slice(None)}[said.which]
+        if said.what == "index" and said.which:
+            return torch.arange(2 * pairs)[rows]
         if said.what == "side":
             if self.nested:
                 return Batch(lambda inner: self._tensor(concept(inner), rows), list(USUAL))
@@ -100,7 +108,7 @@ class Keys:
         if said.prompt or (self.separate and said.which):
             return self._part(said.prompt, what or "ids", rows)
         found = {"ids": ids, "attention": attention, "completion": counted}
-        found["labels"] = ids.masked_fill(counted == 0, -100)
+        found["labels"] = ids.clone() if self.labels == "ids" else ids.masked_fill(counted == 0, -100)
         if what not in found:
             raise KeyError(
                 f"{name!r} is not known as a key of a batch of pairs; known are names like chosen_input_ids, "
@@ -131,6 +139,8 @@ class Keys:
         import torch
 
         model = self.policy if said.who == "policy" else self.reference
+        if model is None:
+            raise KeyError("log-probs of the reference, where there is none")
         batch = self.batch
         kept, mode = model.training, torch.is_grad_enabled()
         model.eval()
@@ -145,7 +155,7 @@ class Keys:
         return total.to(logits.dtype)
 
 
-def pair_batch(batch: PairBatch, facts: Facts, policy: Any, reference: Any) -> Batch:
-    """The batch as the function's source asks for it."""
-    keys = Keys(batch, facts, policy, reference)
+def pair_batch(batch: PairBatch, facts: Facts, policy: Any, reference: Any, labels: str = "ignored") -> Batch:
+    """The batch as the function's source asks for it.  `labels`: -100 outside the completion ("ignored"), or "ids"."""
+    keys = Keys(batch, facts, policy, reference, labels)
     return Batch(keys, keys.names())

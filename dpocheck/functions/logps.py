@@ -8,7 +8,7 @@ from typing import Any
 from dpocheck.adapter import Objective, PairBatch, TokenBatch
 from dpocheck.forms import SUMS
 from dpocheck.functions.batches import pair_batch
-from dpocheck.functions.models import expected, speaking
+from dpocheck.functions.models import expected, outside, speaking
 from dpocheck.functions.target import Target
 from dpocheck.parameters import concept
 
@@ -34,6 +34,9 @@ class SequenceLogps:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.moved = wants_moved(target)
+        single = target.facts.known and not target.facts.calls & SUMS  # the mask comes after it
+        apart = {"completion", "prompt_length"} & {role for _, role in target.match.roles}
+        self.labels = "ids" if single or (apart and not target.facts.ignores) else "ignored"
         self.singular = (target.match.role("prompt_length") or "").endswith(("len", "length", "start", "end"))
         self.single = bool({"prompt_ids", "completion_ids"} & {role for _, role in target.match.roles})
 
@@ -78,27 +81,30 @@ class SequenceLogps:
 
     def _ask(self, model: Any, batch: TokenBatch) -> Any:
         given = {"model": model, "settings": {"pad": pad_id(batch), "device": batch.input_ids.device}}
-        given |= tensors(batch, self.target, self.singular)
+        given |= tensors(batch, self.labels, self.singular)
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         if self.moved:
             moved = {"logits": slice(None, -1), "labels": slice(1, None), "ids": slice(1, None)}
             moved |= {"completion": slice(1, None), "attention": slice(1, None)}
             given |= {key: given[key][:, where] for key, where in moved.items() if key in given}
-        with speaking(expected(self.target.facts), model):
-            return self.target.call(given, Objective(), {"policy": model})
+        try:
+            with speaking(expected(self.target.facts), model):
+                return self.target.call(given, Objective(), {"policy": model})
+        except (IndexError, RuntimeError) as error:
+            if self.labels == "ids" or not self.target.match.role("labels") or not outside(error):
+                raise
+            self.labels = "ids"
+            return self._ask(model, batch)
 
 
-def tensors(batch: TokenBatch, target: Target, singular: bool) -> dict[str, Any]:
-    """The batch by role.  Labels are -100 outside the completion unless the function is told the completion apart."""
+def tensors(batch: TokenBatch, labels: str, singular: bool) -> dict[str, Any]:
+    """The batch by role.  `labels`: "ignored", -100 outside the completion, or "ids", the tokens as they are."""
     ids, counted = batch.input_ids, batch.completion_mask
     first = counted.argmax(dim=1)  # the position of the first completion token
     found = {"ids": ids.clone(), "attention": batch.attention_mask.clone(), "completion": counted.clone()}
     found["prompt_length"] = int(first[0]) if singular else first
-    apart = {"completion", "prompt_length"} & {role for _, role in target.match.roles}
-    single = target.facts.known and not target.facts.calls & SUMS  # of log-probs of single tokens the mask comes later
-    raw = single or (apart and not target.facts.ignores)
-    found["labels"] = ids.clone() if raw else ids.masked_fill(counted == 0, -100)
+    found["labels"] = ids.clone() if labels == "ids" else ids.masked_fill(counted == 0, -100)
     real = batch.attention_mask[0] == 1
     found["prompt_ids"] = ids[:1, (real & (counted[0] == 0))]
     found["completion_ids"] = ids[:1, (real & (counted[0] == 1))]

@@ -20,6 +20,11 @@ def expected(facts: Facts) -> str:
     return "tensor" if facts.calls & {"model", "policy", "ref_model", "reference", "policy_model", "lm"} else "record"
 
 
+def outside(error: Exception) -> bool:
+    """Was a label of -100 used as an index?  So says a function that does not know ignored labels."""
+    return "-100" in str(error) or "out of bounds" in str(error) or "out of range" in str(error)
+
+
 @contextmanager
 def speaking(kind: str, *models: Any) -> Iterator[None]:
     """For the time of a call, models answer as `kind` says."""

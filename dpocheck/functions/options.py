@@ -159,7 +159,7 @@ class Config:
         self.__dict__["_known"], self.__dict__["_rest"] = known, rest
 
     def __getattr__(self, name: str) -> Any:
-        key = option(name)
+        key = "kind" if name in ("name", "type") and "kind" in self._known else option(name)
         if key in self._known:
             return self._known[key]
         if self._rest is not None and not isinstance(self._rest, dict) and hasattr(self._rest, name):

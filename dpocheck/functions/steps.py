@@ -12,7 +12,7 @@ from dpocheck.adapter import Objective, PairBatch, StepOut
 from dpocheck.functions import options
 from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.losses import unpack
-from dpocheck.functions.models import expected, speaking
+from dpocheck.functions.models import expected, outside, speaking
 from dpocheck.functions.target import Target, constructor
 from dpocheck.parameters import concept, words
 
@@ -25,6 +25,7 @@ class Step:
         names = {*target.facts.attributes, *(p.name for p in constructor(target.owner))}
         holds = any(concept(name).what == "optimizer" for name in names)
         self.clears_gradients = bool(target.match.role("optimizer")) or holds
+        self.labels = "ignored"
         self.left: tuple[Any, dict[Any, Any]] = (None, {})
 
     def __call__(self, policy: Any, reference: Any, batch: PairBatch, *, objective: Objective) -> StepOut:
@@ -37,12 +38,9 @@ class Step:
         models = {"policy": policy, "reference": reference}
         if optimizer is not None:
             models["optimizer"] = optimizer
-        filled = pair_batch(batch, self.target.facts, policy, reference)
-        given = models | {"batch": filled, "keys": filled.by_name}
-        given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device}
         try:
             with speaking(expected(self.target.facts), policy, reference), clipping_logits(policy, self.target):
-                out = self.target.call(given, objective, models)
+                out = self._ask(batch, objective, models)
             if not ran:
                 loss = unpack(out).loss
                 if hasattr(loss, "requires_grad") and loss.requires_grad:
@@ -52,6 +50,22 @@ class Step:
                 handle.remove()
         self._keep(policy, optimizer)
         return StepOut(number(unpack(out).loss), metrics(out))
+
+    def _ask(self, batch: PairBatch, objective: Objective, models: dict[str, Any]) -> Any:
+        """Call it; labels that it cannot take are given again as plain token ids."""
+        for labels in [self.labels] if self.labels == "ids" else ["ignored", "ids"]:
+            filled = pair_batch(batch, self.target.facts, models["policy"], models["reference"], labels)
+            given = models | {"batch": filled, "keys": filled.by_name}
+            given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device}
+            try:
+                out = self.target.call(given, objective, models)
+            except (IndexError, RuntimeError) as error:
+                if labels == "ids" or not outside(error):
+                    raise
+                continue
+            self.labels = labels
+            return out
+        raise AssertionError("one of the two was returned or raised")
 
     def _refuse_beta(self, objective: Objective) -> None:
         """A step without any way to be told beta has it fixed; what it is, only its source can say."""
@@ -85,7 +99,7 @@ def unit(policy: Any) -> float:
     """
     try:
         weight = policy.model.norm.weight
-        k = float(weight[0]) * math.sqrt(weight.numel())
+        k = weight[0].item() * math.sqrt(weight.numel())
     except AttributeError:
         return 1.0
     return k if k > 100 else 1.0

@@ -77,7 +77,7 @@ class Target:
 
     def _option(self, key: str, known: dict[str, Any], parameter: Parameter) -> Any:
         if key == "config":
-            return options.Config(dict(known))
+            return self._config(known, parameter.default)
         if key == "kind":
             return options.spelled_kind(known["kind"], parameter.default, self.facts.strings, self.name)
         if key == "average" and parameter.name == "mean" and not isinstance(parameter.default, bool | None):
@@ -85,6 +85,11 @@ class Target:
         if key in STANDINS and not parameter.required:
             return MISSING
         return known.get(key, MISSING)
+
+    def _config(self, known: dict[str, Any], rest: Any) -> options.Config:
+        """A configuration that says what `known` does, and for the rest what the function's own one says."""
+        kind = options.spelled_kind(known["kind"], None, self.facts.strings, self.name)
+        return options.Config(known | {"kind": kind}, rest)
 
     @contextmanager
     def _told(self, known: dict[str, Any]) -> Iterator[None]:
@@ -120,7 +125,8 @@ class Target:
             key, said = option(parameter.name), concept(parameter.name)
             what = "optimizer" if said.what == "optimizer" else said.who if said.what == "model" else None
             if key == "config":
-                arguments[parameter.name] = options.Config(dict(known))
+                if parameter.required:  # where it may be left out, the class has its own defaults
+                    arguments[parameter.name] = self._config(known, None)
             elif key == "kind":
                 arguments[parameter.name] = options.spelled_kind(
                     known[key], parameter.default, self.facts.strings, self.name
@@ -150,7 +156,7 @@ class Target:
             what = "optimizer" if said.what == "optimizer" else said.who if said.what == "model" else None
             old = getattr(holder, name, None)
             if key == "config":
-                value = options.Config(dict(known), old)
+                value = self._config(known, old)
             elif key == "kind":
                 value = options.spelled_kind(known[key], old, self.facts.strings, self.name)
             elif key in known:

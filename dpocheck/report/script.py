@@ -16,6 +16,7 @@ from typing import Any
 
 from dpocheck.experiment import Recipe, Sequence, TrainExperiment, to_plain
 from dpocheck.probes import tables, tokenizers
+from dpocheck.report.function_script import function_script
 from dpocheck.report.hook import ask
 from dpocheck.report.literal import literal
 from dpocheck.report.words import deviation, line, shown_pair
@@ -43,33 +44,53 @@ class Trainer:
 
 
 def writer(report: Report, options: Any) -> Callable[[Result, Report], str | None]:
-    """The script of a result of this audit, or None."""
+    """The script of a result of this audit, or None.  The subject is asked once, when the first script is made."""
     subject = str(getattr(options, "subject", options))
+    failing = [result for result in report.results if result.verdict in ("fail", "expected-fail")]
+    own = [experiment for result in failing if _native(result, report) for experiment in result.experiments]
+    runs = {id: () if _native(result, report) else whole_runs(result, report) for id, result in enumerate(failing)}
+    recipes = [translated(run) for found in runs.values() for run in found]
 
     @cache
-    def asked(recipes: tuple[Recipe, ...]) -> dict[str, Any]:
-        return ask(subject, recipes)
+    def asked(what: str) -> dict[str, Any]:
+        return ask(subject, experiments=own) if what == "function" else ask(subject, recipes)
 
     def script(result: Result, report: Report) -> str | None:
-        from dpocheck.report.function_script import function_script
-
         if report.header.isolation == "none" or not result.experiments:
             return None
-        if text := function_script(result, report, subject):
-            return text
-        runs = whole_runs(result, report)
-        if not runs:
+        if _native(result, report):
+            calls = dict(zip(own, asked("function").get("calls", []), strict=False))
+            told = [calls.get(experiment) for experiment in result.experiments]
+            return function_script(result, report, subject, told)
+        found = whole_runs(result, report)
+        if not found:
             return None
-        return train_script(result, report, runs, asked(tuple(translated(run) for run in runs)))
+        answer = dict(asked("adapter"))
+        if answer.get("train"):
+            texts = dict(zip(recipes, answer["train"], strict=True))
+            answer["train"] = [texts[translated(run)] for run in found]
+        return train_script(result, report, found, answer)
 
     return script
+
+
+def _native(result: Result, report: Report) -> bool:
+    """Were the experiments put to the subject as they are, through a finer method than `train`?"""
+    from dpocheck.derive import CAPABILITY
+
+    kinds = {CAPABILITY.get(type(experiment), "train") for experiment in result.experiments}
+    return bool(kinds) and kinds <= set(_capabilities(report)) - {"train"}
+
+
+def _capabilities(report: Report) -> tuple[str, ...]:
+    return tuple(part.strip() for part in report.header.route.split(","))
 
 
 def whole_runs(result: Result, report: Report) -> tuple[TrainExperiment, ...]:
     """The runs behind a result: its experiments, or those they were derived from; () where it was seen otherwise."""
     from dpocheck.derive import CAPABILITY, plan
 
-    capabilities = tuple(part.strip() for part in report.header.route.split(","))
+    capabilities = _capabilities(report)
     theory = conventions(report)
     runs: list[TrainExperiment] = []
     waiting = list(result.experiments)
@@ -279,14 +300,14 @@ def run_record(run: TrainExperiment, report: Report) -> dict[str, Any]:
     def table(record: Any) -> Any:
         return None if record is None else (record.base, [tuple(entry) for entry in record.entries])
 
-    log, logits = expected(run, report)
+    log, cells = expected(run, report)
     recipe = to_plain(translated(run))
     return {
         "policy": table(run.policy), "reference": table(run.reference), "on_disk": table(run.edited),
         "rows": [row.record() for row in run.rows],
         "evaluation": {name: [row.record() for row in held] for name, held in run.evaluation},
-        "rows_on_disk": run.rows_on_disk, "attention_dropout": run.body.attention_dropout,
-        "recipe": _untyped(recipe), "expected_log": log, "expected_logits": logits,
+        "rows_on_disk": run.rows_on_disk, "rate": rate(run), "attention_dropout": run.body.attention_dropout,
+        "recipe": _untyped(recipe), "expected_log": log, "expected_cells": cells,
     }  # fmt: skip
 
 
@@ -296,12 +317,22 @@ def _untyped(value: Any) -> Any:
     return [_untyped(item) for item in value] if isinstance(value, list) else value
 
 
+def rate(run: TrainExperiment) -> float | None:
+    """The learning rate, in logits, of a run whose one step is a plain gradient step; else None."""
+    recipe = run.recipe
+    plain = recipe.optimizer == "sgd" and recipe.steps == 1 and not (recipe.weight_decay or recipe.warmup_steps)
+    return recipe.learning_rate if plain and recipe.lora is None and run.policy is not None else None
+
+
 LOGGED = ("loss", "rewards/", "logps/")
 CELLS = 12
 
 
 def expected(run: TrainExperiment, report: Report) -> tuple[list[Any], list[Any]]:
-    """What the papers predict: the log by (step, split, numbers), and the logits that should change most."""
+    """What the papers predict: the log by (step, split, numbers), and the logits that should change most.
+
+    Of a run of one plain SGD step the cells are those of the gradient, (before - after) / rate.
+    """
     from dpocheck.oracle import predict
 
     try:
@@ -313,9 +344,10 @@ def expected(run: TrainExperiment, report: Report) -> tuple[list[Any], list[Any]
         metrics = {name: float(value) for name, value in entry["metrics"].items() if name.startswith(LOGGED)}
         if metrics and entry["split"] != "summary":
             log.append((int(entry["step"]), str(entry["split"]), metrics))
-    cells: list[Any] = []
-    if seen.logits is not None and run.policy is not None:
-        change = abs(seen.logits - run.policy.logits())
-        worst = sorted(zip(*change.nonzero(), strict=True), key=lambda cell: (-change[cell], cell))[:CELLS]
-        cells = [(int(u), int(v), float(seen.logits[u, v])) for u, v in sorted(worst)]
+    values = seen.gradient if rate(run) else seen.logits
+    if values is None or run.policy is None:
+        return log[:CELLS], []
+    size = abs(values if rate(run) else values - run.policy.logits())
+    worst = sorted(zip(*size.nonzero(), strict=True), key=lambda cell: (-size[cell], cell))[:CELLS]
+    cells = [(int(u), int(v), float(values[u, v])) for u, v in sorted(worst)]
     return log[:CELLS], cells

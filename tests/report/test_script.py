@@ -206,3 +206,66 @@ def test_a_literal_reads_back_equal(value):
     text = literal(value, 60)
     assert eval(text) == value
     assert all(len(row) <= 75 for row in text.splitlines())
+
+
+# ------------------------------------------------------------------------------------------------------ bare functions
+
+FUNCTIONS = Path(__file__).parent / "wrong_functions.py"
+
+
+def function_report(report, name, route, *experiments):
+    header = replace(report.header, subject=f"{FUNCTIONS}:{name}", name=name, subject_version=None, route=route)
+    return replace(report, header=header, results=(failing(report, *experiments),))
+
+
+def shown_by(report, name, route, experiment, alone):
+    report = function_report(report, name, route, experiment)
+    text = writer(report, f"{FUNCTIONS}:{name}")(report.results[0], report)
+    assert "dpocheck" not in text.partition("\nimport")[2]
+    return alone(text)
+
+
+def test_a_loss_is_called_with_the_numbers_and_shown_with_its_slopes(report, alone):
+    from dpocheck.experiment import LossExperiment, Objective
+
+    numbers_ = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective(beta=0.5))
+    shown = shown_by(report, "dpo_loss", "loss", numbers_, alone)
+    # due: h = 1.5, −log σ(0.75) = 0.386871; written: h = −3.5 + 4 + 6 + 5 = 11.5, −log σ(5.75) = 0.0031777
+    assert numbers(shown, "loss of pair") == pytest.approx((0.0031777, 0.386871), abs=1e-6)
+    # −β σ(−0.75) = −0.5 · 0.320821
+    assert numbers(shown, "slope in policy_chosen_logps")[1] == pytest.approx(-0.160411, abs=1e-6)
+
+
+@pytest.mark.long
+def test_log_probs_from_logits_and_from_a_model_are_shown_beside_those_due(report, alone):
+    # after 0: token 1 has logit log 3 of four, so log 3/6 = −0.693147; after 1: 3 likewise. Sum −1.386294, mean half.
+    from math import log
+
+    from dpocheck.experiment import LogpExperiment, TokenRow
+
+    table = Table(4, 0.0, ((0, 1, log(3.0)), (1, 3, log(3.0))))
+    rows = (TokenRow((0, 1, 3), (1, 1, 1), (0, 1, 1)),)
+    for name in ("get_batch_logps", "response_logprob"):
+        shown = shown_by(report, name, "sequence_logps", LogpExperiment(table, rows), alone)
+        assert numbers(shown, "log-prob of row") == pytest.approx((-0.693147, -1.386294), abs=1e-5)
+
+
+@pytest.mark.long
+def test_a_step_is_shown_with_its_loss_and_gradient(report, alone):
+    from dpocheck.experiment import Objective, Pair, StepExperiment
+
+    step = StepExperiment(
+        Table(16), Table(16), (Pair((0,), (1, 14), (2, 14)),), Objective(beta=0.5), pad=15, eos=14
+    )
+    shown = shown_by(report, "dpo_step", "step", step, alone)
+    assert numbers(shown, "loss") == pytest.approx((0.693147, 0.693147), abs=1e-5)
+    # due: −β/2 = −0.25 on the chosen token; written: half the gradient
+    assert numbers(shown, "d loss / d logit of token 1 after 0:") == pytest.approx((-0.125, -0.25), abs=1e-6)
+
+
+def test_a_method_and_a_call_that_cannot_be_written_give_no_script(report):
+    from dpocheck.experiment import LossExperiment
+
+    experiment = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,))
+    report = function_report(report, "Loss", "loss", experiment)
+    assert writer(report, f"{FUNCTIONS}:Loss")(report.results[0], report) is None

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpocheck import conventions, diagnose, runner, smoke
+from dpocheck import conventions, runner, smoke
 from dpocheck.check import CHECKS, Check
 from dpocheck.known import Expected, apply, load
 from dpocheck.open import open_subject
@@ -85,7 +85,7 @@ class Piecewise:
         """The result of one check, with its diagnosis."""
         if self.trouble:
             return unsaid(check.id, "error", self.trouble)
-        return diagnose.named(self.session.result(check), self.subject, runner.cached_predict)
+        return runner.diagnosed([self.session.result(check)], self.session)[0]
 
 
 def unsaid(id: str, verdict: str, reason: str) -> Result:

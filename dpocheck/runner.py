@@ -85,7 +85,7 @@ def _audit(
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))
-    results = _diagnosed(results, session)
+    results = diagnosed(results, session)
     equation = identify.equation(subject)
     return Report(
         header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,
@@ -93,7 +93,7 @@ def _audit(
     )  # fmt: skip
 
 
-def _diagnosed(results: list[Result], session: Session) -> list[Result]:
+def diagnosed(results: list[Result], session: Session) -> list[Result]:
     subject = session.subject
     others = [(e, s) for e, s in subject.witnesses() if not (s.raised or s.refused)]
     precision = max(subject.precisions.values(), default=2.0**-24)

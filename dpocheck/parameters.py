@@ -87,6 +87,8 @@ OPTIONS = {
     "device": {"device"},
     "tokenizer": {"tokenizer"},
     "config": {"config", "cfg", "args", "hparams", "conf", "settings", "training_args", "loss_config"},
+    "rank": {"rank", "local_rank", "process_index"},
+    "processes": {"world_size", "num_processes"},
     "accelerator": {"accelerator", "fabric"},
     "scheduler": {"scheduler", "lr_scheduler", "sched"},
     "scaler": {"scaler", "grad_scaler"},

@@ -61,9 +61,11 @@ class Keys:
         """The keys that the source names; the usual ones where it names none."""
         found = [name for name in self.facts.strings if self._is_key(self.said[name])]
         tensors = {"ids", "attention", "labels", "completion", "mask"}
-        if not any(self.said[name].which and self.said[name].what in tensors for name in found) and not self.nested:
+        named = [name for name in found if self.said[name].which and self.said[name].what in tensors]
+        found += [name.replace(a, b) for name in named for a, b in (("chosen", "rejected"), ("rejected", "chosen"))]
+        if not self.nested and (not named or self.facts.calls & {"items", "keys", "startswith"}):
             found += [f"{side}_{name}" for side in ("chosen", "rejected") for name in USUAL]
-        return sorted(name for name in found if self._known(name))
+        return sorted(name for name in set(found) if self._known(name))
 
     def _is_key(self, said: Concept) -> bool:
         if said.what == "logp":  # of the policy they are what a step computes, not what it is given

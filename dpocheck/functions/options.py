@@ -41,6 +41,8 @@ def values(objective: Objective) -> dict[str, Any]:
         "accumulation": 1,
         "clip": math.inf,
         "counter": 0,
+        "rank": 0,
+        "processes": 1,
         "accelerator": Accelerator(),
         "scheduler": Nothing(),
         "scaler": Scaler(),

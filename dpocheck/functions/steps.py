@@ -146,7 +146,9 @@ def recording(policy: Any) -> Any:
 
 
 def number(loss: Any) -> float:
-    """The loss as a number: a tensor's mean, or a number as it is."""
+    """The loss as a number: a tensor's or a list's mean, or a number as it is."""
+    if isinstance(loss, list | tuple):
+        return sum(map(float, loss)) / len(loss)
     return float(loss.detach().double().mean()) if hasattr(loss, "detach") else float(loss)
 
 
@@ -162,7 +164,7 @@ def metrics(out: Any) -> dict[str, float]:
             if known:
                 try:
                     found[known] = number(value)
-                except (TypeError, ValueError, RuntimeError):
+                except (TypeError, ValueError, RuntimeError, ZeroDivisionError):
                     continue
     return found
 

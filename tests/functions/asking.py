@@ -20,8 +20,9 @@ def ask(subject: str, experiment: Any, folder: Path | None = None) -> dict[str, 
     place, _, name = subject.partition(":")
     path = place if place.endswith(".py") else str(SUBJECTS / f"{place}.py")
     state: dict[str, Any] = {}
-    opened, _ = answer.handle("open", {"subject": f"{path}:{name}" if name else path}, {}, state)
-    payload = {"experiment": to_plain(experiment)}
+    known = {"subject": f"{path}:{name}" if name else path}
+    opened, _ = answer.handle("open", known, {}, state)
+    payload = known | {"experiment": to_plain(experiment)}
     if not isinstance(experiment, LossExperiment):
         payload |= checkpoints(experiment, folder)
     reply, arrays = answer.handle("observe", payload, {}, state)

@@ -22,13 +22,11 @@ class Batch:
     reference: Positions
     chosen: np.ndarray  # (pair,): its row
     rejected: np.ndarray
-    index: np.ndarray  # (pair,): which pairs of the dataset these are
     size: int
 
 
 def compile_batch(
     pairs: list[Sides], theory: Theory, *, kind: str, size: int, eos: int, pad: int, padding: str = "right",
-    index: np.ndarray | None = None,
 ) -> Batch:  # fmt: skip
     """Pad, lay out and count.  `kind`: the body's."""
     rows, n = padded(pairs, pad, padding), len(pairs)
@@ -46,7 +44,7 @@ def compile_batch(
         rejected = np.roll(rejected, -1)
     if theory.columns == "swapped":
         chosen, rejected = rejected, chosen
-    return Batch(n, policy, reference, chosen, rejected, np.arange(n) if index is None else index, size)
+    return Batch(n, policy, reference, chosen, rejected, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def _merged(items: list[str], merge: tuple[str, str] | None) -> list[str]:
     return found
 
 
-def render(messages: Messages, template: Template, theory: Theory = PAPER) -> str:
+def render(messages: Messages, template: Template) -> str:
     """A conversation as text, as the chat template writes it."""
     text = ""
     for message in messages:

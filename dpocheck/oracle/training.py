@@ -45,7 +45,7 @@ class Run:
             tokenizer = self.experiment.tokenizer
             compiled = step.compile_batch(
                 [pairs[i] for i in index], self.theory, kind=self.experiment.body.kind, size=self.size,
-                eos=tokenizer.eos, pad=tokenizer.pad, index=np.array(index),
+                eos=tokenizer.eos, pad=tokenizer.pad,
             )  # fmt: skip
             self.batches[key] = (compiled, pairs)
         return self.batches[key][0]

@@ -22,7 +22,7 @@ from dpocheck.miniature.state import Progress
 
 SAYS = Says(
     eos="appended", bos="tokenizer", ipo="sum", reward_scale="beta", reduction="none", uneven_accumulation="pairs",
-    objectives=KINDS,
+    objectives=(*KINDS, "cdpo"),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dpocheck.zoo.registry import SCORES, STEPS, mini, specimen, torch
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-@specimen("attention-mask-not-passed", part="forward", caught_by="LOGP-PADDING", at=("sequence_logps", "step"))
+@specimen("attention-mask-not-passed", part="forward", caught_by="GRAD-ATTENTION", at=("sequence_logps", "step"))
 def attention_mask_not_passed(model, batch):
     """The attention mask is not passed on: with padding on the left, pads are attended."""
     return mini.forward(model, replace(batch, attention_mask=torch.ones_like(batch.attention_mask)))
@@ -63,7 +63,7 @@ def rejected_attends_to_chosen(model, batch):
 @specimen(
     "packed-rows-attend-to-each-other",
     part="forward",
-    caught_by="LOGP-BATCH-MATES",
+    caught_by="GRAD-ATTENTION",
     at=SCORES,
     imitates="OpenRLHF/OpenRLHF@15517919",
 )
@@ -105,7 +105,7 @@ def rejected_without_graph(model, batch):
     return torch.cat([logits[:half], logits[half:].detach()])
 
 
-@specimen("policy-dropout-on", part="forward", caught_by="REF-START", at=STEPS, imitates="ContextualAI/HALOs")
+@specimen("policy-dropout-on", part="forward", caught_by="POLICY-NO-DROPOUT", at=STEPS, imitates="ContextualAI/HALOs")
 def policy_dropout_on(model, batch):
     """Dropout stays on in the policy and is off in the reference."""
     if not torch.is_grad_enabled():

@@ -64,6 +64,7 @@ _counts(
     lambda b: b.completion_mask & _earlier(b.completion_mask),
     "The last token of the completion, its end of sequence, is not scored.",
     "pytorch/torchtune#949",
+    "GRAD-TOKENS",
 )
 _counts(
     "scores-last-token-only",
@@ -129,15 +130,14 @@ _counts(
     part="logps",
     caught_by="LOGP-PAD-IS-EOS",
     theory=PAPER.but(counted="no-pad-id"),
-    at=STEPS,
+    at=SCORES,
     imitates="NVIDIA-NeMo/Megatron-Bridge#4660",
 )
 def masks_the_pad_id(logits, batch):
-    """Every token equal to the pad token is left out: where padding is end of sequence, that is not scored either."""
-    pad = getattr(batch, "pad_token_id", None)
-    return mini.logps(
-        logits, batch if pad is None else _counted(batch, batch.completion_mask * (batch.input_ids != pad))
-    )
+    """Every token equal to the padding is left out: where padding is end of sequence, that is not scored either."""
+    padding = batch.input_ids[batch.attention_mask == 0]
+    pad = getattr(batch, "pad_token_id", padding[0] if len(padding) else -1)
+    return mini.logps(logits, _counted(batch, batch.completion_mask * (batch.input_ids != pad)))
 
 
 @specimen("counts-eos-twice", part="logps", caught_by="LOGP-TOKENS", theory=PAPER.but(counted="eos-twice"), at=SCORES)
@@ -236,7 +236,7 @@ def sum_over_the_batch(logits, batch):
 @specimen(
     "raw-logits",
     part="logps",
-    caught_by="LOGZ-NORMALISER",
+    caught_by="LOGP-VALUE",
     theory=PAPER.but(normaliser="none"),
     at=SCORES,
     imitates="OpenRLHF/OpenRLHF@243615b2",
@@ -260,7 +260,7 @@ def probability_for_log(logits, batch):
     return _tokens(logits, batch, lambda wide, labels: wide.softmax(-1).gather(-1, labels)).sum(1)
 
 
-@specimen("bits-for-nats", part="logps", caught_by="LOGP-VALUE", theory=PAPER.but(normaliser="log2"), at=SCORES)
+@specimen("bits-for-nats", part="logps", caught_by="LOGZ-NORMALISER", theory=PAPER.but(normaliser="log2"), at=SCORES)
 def bits_for_nats(logits, batch):
     """Logarithms are to base 2."""
     return mini.logps(logits, batch) / 0.6931471805599453
@@ -272,7 +272,7 @@ def negative_log_likelihood(logits, batch):
     return -mini.logps(logits, batch)
 
 
-@specimen("softmax-over-time", part="logps", caught_by="LOGZ-NORMALISER", at=SCORES)
+@specimen("softmax-over-time", part="logps", caught_by="LOGP-VALUE", at=SCORES)
 def softmax_over_time(logits, batch):
     """The softmax runs over positions, not over the vocabulary."""
     return _tokens(logits, batch, lambda wide, labels: wide.log_softmax(1).gather(-1, labels)).sum(1)

@@ -72,7 +72,7 @@ _coefficients(
     "sign-inside",
     (-1, 1, 1, -1),
     "The sign inside the sigmoid is wrong: the gap is closed, not opened.",
-    "LOSS-VALUE-GRADIENT",
+    "LOSS-VALUE",
 )
 _coefficients(
     "policy-pair-swapped",
@@ -141,7 +141,7 @@ _logits(
     "LOSS-BETA-LIMITS",
     PAPER.but(beta_power=-1.0),
 )
-_logits("beta-halved", lambda z, o: z / 2, "Half of beta is used.", "LOSS-VALUE", PAPER.but(beta_scale=0.5))
+_logits("beta-halved", lambda z, o: z / 2, "Half of beta is used.", "OPTIMUM-RECOVERED", PAPER.but(beta_scale=0.5))
 _logits(
     "beta-constant",
     lambda z, o: z / o.beta * 0.1,
@@ -218,11 +218,11 @@ _logits(
     at=LOSSES,
 )
 def broadcast_over_pairs(*four, objective, lengths=None):
-    """(pair, 1) minus (pair,): every policy log-ratio is compared with every reference log-ratio."""
+    """(pair,) minus (pair, 1): every policy log-ratio is compared with every reference log-ratio."""
     out = mini.loss(*four, objective=objective, lengths=lengths)
     if objective.kind != "sigmoid" or objective.length_normalised:
         return out
-    logits = objective.beta * ((four[0] - four[1]).unsqueeze(1) - (four[2] - four[3]))
+    logits = objective.beta * (four[0] - four[1] - (four[2] - four[3]).unsqueeze(1))
     return replace(out, loss=_smoothed(logits, objective).mean(1))
 
 
@@ -362,6 +362,6 @@ _losses(
     "smoothing-by-default",
     lambda losses, z, o: losses if o.label_smoothing else 0.9 * functional.softplus(-z) + 0.1 * functional.softplus(z),
     "Label smoothing of 0.1 where none was asked for.",
-    "LOSS-VALUE",
+    "GRAD-OPTIMUM",
     PAPER.but(smoothing_default=0.1),
 )

@@ -92,7 +92,7 @@ _changed(
     "divergence-term-added",
     lambda losses, four, o, n: losses + 0.05 * (four[0] - four[2]),
     "A twentieth of the chosen log-ratio is added, undeclared.",
-    "LOSS-PARTIALS",
+    "GRAD-START",
     PAPER.but(kl_extra=0.05),
 )
 _changed(

@@ -149,13 +149,14 @@ _scored(
 )
 
 
-@specimen(
-    "reference-in-bfloat16", part="reference", caught_by="REF-START", at=STEPS, imitates="huggingface/trl@v1.15.0"
+_changed(
+    "reference-log-probs-in-bfloat16",
+    None,
+    "The reference's log-probs are kept in another precision than the policy's.",
+    lambda both: both.to(torch.bfloat16).to(both.dtype),
+    "REF-START",
+    "huggingface/trl@v1.15.0",
 )
-def reference_in_bfloat16(trainer, policy, given, recipe, examples, folder):
-    """The reference is loaded in another precision than the policy."""
-    model = mini.frozen_copy(given if given is not None else policy).to(torch.bfloat16)
-    return mini.reference(trainer, policy, model, recipe, examples, folder)
 
 
 def _after_each_step(policy, act):

@@ -12,9 +12,11 @@ can read the declarations without torch.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from dpocheck.adapter import CAPABILITIES
@@ -61,6 +63,11 @@ class Specimen:
 
     def build(self) -> Any:
         return replace(mini.MINIATURE, **{self.part: self.function})
+
+    @property
+    def subject(self) -> str:
+        """The name under which it shows: without its finer methods where these pass the broken part by."""
+        return self.id + ("@train" if self.at == TRAIN else "")
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,17 @@ def _free(id: str) -> None:
 
 
 def build(name: str) -> Any:
-    """The adapter of a specimen, a variant, or `miniature`; raises ValueError on any other name."""
-    if name == "miniature":
-        return mini.MINIATURE
-    found = SPECIMENS.get(name) or VARIANTS.get(name)
-    if found is None:
-        import difflib
+    """The adapter of a specimen, a variant, or `miniature`; `NAME@train` has its method `train` alone.
 
+    Raises ValueError on any other name.
+    """
+    name, _, only = name.partition("@")
+    found = SPECIMENS.get(name) or VARIANTS.get(name)
+    if found is None and name != "miniature":
         near = difflib.get_close_matches(name, [*SPECIMENS, *VARIANTS, "miniature"], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`dpocheck list` names all of them"
         raise ValueError(f"no specimen or variant is called {name!r}; {hint}")
-    return found.build()
+    if only not in ("", *CAPABILITIES):
+        raise ValueError(f"no method is called {only!r}; an adapter has {', '.join(CAPABILITIES)}")
+    adapter = mini.MINIATURE if found is None else found.build()
+    return SimpleNamespace(says=adapter.says, **{only: getattr(adapter, only)}) if only else adapter

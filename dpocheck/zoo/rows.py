@@ -52,7 +52,7 @@ def drops_a_shared_item(row, tokenizer):
     return mini.render({"prompt": row["chosen"][: max(0, shared - 1)], **split}, tokenizer)
 
 
-@specimen("strips-completions", part="render", caught_by="ROWS-ROUND-TRIP")
+@specimen("strips-completions", part="render", caught_by="ROWS-EOS")
 def strips_completions(row, tokenizer):
     """White space at the ends of a completion is removed."""
     if _implicit(row) or not isinstance(row["chosen"], str):
@@ -285,7 +285,7 @@ def limits_the_completion_alone(example, recipe):
     return _sides(example, lambda side: replace(side, ids=side.ids[: side.start + recipe.max_length]))
 
 
-@specimen("truncates-unasked", part="truncate", caught_by="LOGP-TOKENS")
+@specimen("truncates-unasked", part="truncate", caught_by="ROWS-EOS")
 def truncates_unasked(example, recipe):
     """Rows are cut at four tokens where no limit was asked for."""
     return mini.truncate(example, replace(recipe, max_length=recipe.max_length or 4)) or example

@@ -36,10 +36,10 @@ def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], stat
     """Answer one request: `open` loads the subject, `observe` puts an experiment to it."""
     if op not in ("open", "observe"):
         raise ValueError(f"unknown request {op!r}; known: open, observe")
-    if "adapter" not in state:  # the first request, or the first after the process died
+    if state.get("loaded") != payload["subject"]:  # the first request, the first after a death, or another subject
         from dpocheck.loading import load
 
-        state["adapter"] = load(payload["subject"])
+        state.update(loaded=payload["subject"], adapter=load(payload["subject"]))
     if op == "open":
         return describe(state["adapter"]), {}
     return observe(state["adapter"], from_plain(payload["experiment"]), payload)

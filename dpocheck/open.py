@@ -25,7 +25,7 @@ def open_subject(subject: Any, folder: Path, *, timeout: float = 120.0, memory: 
         return Subject(name, InFiles(_command(Path(name), folder, timeout, memory)), folder)
     _exists(name)
     try:
-        transport = InWorker(name, folder / "worker", seconds=timeout, memory_gb=memory, python=None)
+        transport = InWorker.start(name, folder / "worker", seconds=timeout, memory_gb=memory)
     except (Broken, Refused) as fault:
         tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
         raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault

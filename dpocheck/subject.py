@@ -256,16 +256,20 @@ class InWorker:
 
     isolation = "process"
 
-    def __init__(self, subject: str, folder: Path, *, seconds: float, memory_gb: float, python: str | None) -> None:
-        import sys
-
+    def __init__(self, subject: str, worker: Any) -> None:
+        """`worker` is a `transport.Worker`; the subjects of the self-test share one."""
         from dpocheck import transport
 
-        self.module = transport
-        limits = transport.Limits(seconds=seconds, memory_gb=memory_gb)
-        self.worker = transport.Worker(subject, python=python or sys.executable, limits=limits, folder=folder)
-        self.subject = subject
+        self.module, self.worker, self.subject = transport, worker, subject
         self.about = self._open()
+
+    @staticmethod
+    def start(subject: str, folder: Path, *, seconds: float, memory_gb: float) -> InWorker:
+        """A worker of its own for one subject."""
+        from dpocheck import transport
+
+        limits = transport.Limits(seconds=seconds, memory_gb=memory_gb)
+        return InWorker(subject, transport.Worker(subject, limits=limits, folder=folder))
 
     def _open(self) -> dict[str, Any]:
         return self._call("open", {"subject": self.subject})[0]

@@ -44,7 +44,6 @@ def tokens_agree(case: Case) -> Comparison:
               letters(Row(None, "ab ", "cd")), family="implicit prompt"),
         scene("no prompt column, a shared start", letters(Row(None, "efab", "efcd")), family="implicit prompt"),
     ],
-    rivals=(PAPER.but(prefix="loses-shared"),),
     claim="Prompt + chosen and prompt + rejected spell the two texts of the row, character by character.",
     covers=("RUN-TOK-BOUNDARY",), why="A lost or invented character is trained into every completion.",
     bug="TRL 0.12 to 1.16, extract_prompt: 'Paris ' and 'London' give the prompt 'Paris', chosen ' ', rejected 'n'.",

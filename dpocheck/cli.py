@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-FINDING, USAGE, NOTHING = 1, 2, 3
+FINDING, USAGE, NOTHING, STOPPED = 1, 2, 3, 130
 
 
 class Refused(click.ClickException):
@@ -335,11 +335,18 @@ def _replayed(path: Path, data: dict[str, Any], result: Any) -> None:
 
 
 def main() -> None:
-    """The entry point.  A bug of ours is never exit code 1: that would read as a finding."""
+    """The entry point.  Neither a bug of ours nor an interruption is exit code 1: that would read as a finding."""
     try:
-        cli()
-    except SystemExit:
-        raise
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("dpocheck: stopped; nothing was written", err=True)
+        sys.exit(STOPPED)
+    except BrokenPipeError:  # the reader of our output has gone: `dpocheck list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception:
         import traceback
 

@@ -7,6 +7,7 @@ comes from a subject is set as it is, never as markup, and stripped of control c
 from __future__ import annotations
 
 import io
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -252,7 +253,7 @@ def _counts(report: Report) -> Text:
             parts.append(noun)
     reasons = Counter(line(r.reason) for r in results if r.verdict == "not-applicable" and r.reason)
     if reasons and "not-applicable" in counts:
-        some = "; ".join(f"{reason[:60]}" + (f" ×{n}" if n > 1 else "") for reason, n in reasons.most_common(2))
+        some = "; ".join(textwrap.shorten(reason, 60, placeholder=" …") + (f" ×{n}" if n > 1 else "") for reason, n in reasons.most_common(2))
         parts[-1] += f" ({some}{'; …' if len(reasons) > 2 else ''})"
     if stale := len(report.results) - len(results):
         parts.append(f"{stale} stale or expired among the known failures")

@@ -334,6 +334,26 @@ def test_a_terminal_without_unicode_still_gets_the_report(fake):
     assert "x LOSS-MONOTONE" in " ".join(done.output.split())
 
 
+def test_an_interruption_is_never_taken_for_a_finding():
+    code = (
+        "import dpocheck.cli as c\n"
+        "def stop(): raise KeyboardInterrupt\n"
+        "c.catalogue = stop\n"
+        "c.main()"
+    )  # fmt: skip
+    done = in_a_process("list", code=code)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().endswith("dpocheck: stopped; nothing was written")
+
+
+def test_a_reader_who_leaves_is_no_error():
+    command = f"{sys.executable} -m dpocheck.cli list | head -1"
+    path = str(Path(dpocheck.__file__).parents[1])
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------------- list, explain and others
 
 

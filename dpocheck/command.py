@@ -20,10 +20,11 @@ import numpy as np
 
 from dpocheck import command_run
 from dpocheck.command_asked import asked, loss_texts, reasons
-from dpocheck.command_file import CommandError, CommandFile, expand, read, words
+from dpocheck.command_file import CommandError, CommandFile, read
 from dpocheck.command_log import history, matches_of
 from dpocheck.command_reading import Reading, read_weights
 from dpocheck.command_run import CommandFailed
+from dpocheck.command_text import expand, words
 from dpocheck.experiment import Row, TrainExperiment
 from dpocheck.probes import tables
 

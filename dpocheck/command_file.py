@@ -13,7 +13,6 @@ command runs in.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import tomllib
@@ -23,19 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dpocheck.adapter import Says
-
-PLACEHOLDERS = {
-    # folders and programs
-    "policy": "/p", "reference": "/r", "base": "/p", "resume": "/s", "rows": "/d", "out": "/o", "work": "/w",
-    "python": "python", "bin": "/bin", "environment": "/env", "here": "/h",
-    # the recipe
-    "beta": 0.1, "learning_rate": 1.0, "steps": 1, "microsteps": 1, "batch": 1, "accumulation": 1, "seed": 0,
-    "epochs": 1, "max_length": 8, "clip_norm": 1.0, "weight_decay": 0.0, "momentum": 0.0, "warmup_steps": 0,
-    "beta1": 0.0, "beta2": 0.0, "epsilon": 1e-8, "save_every": 1, "resume_from": 1, "eval_batch": 1, "eval_every": 1,
-    "rank": 64, "alpha": 64.0,
-    # the objective
-    "smoothing": 0.0, "gamma": 0.0, "sft_weight": 0.0,
-}  # fmt: skip
+from dpocheck.command_text import PLACEHOLDERS, CommandError, check, near
 
 LOSSES = ("sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo")  # and "+EXTRA", or "LOSS+EXTRA" for one of the two
 EXTRAS = ("sft", "length_normalised")
@@ -54,12 +41,6 @@ SAYS = {
     "truncation": ("keep_start", "keep_end", "drop"), "reward_scale": ("beta", "one"),
     "reduction": ("none", "mean", "sum"), "uneven_accumulation": ("pairs", "micro-batches"),
 }  # fmt: skip
-
-_PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?::([^{}]*))?\}")
-
-
-class CommandError(Exception):
-    """The description of a command line is wrong; the message says what was given, what is allowed, what to do."""
 
 
 def _choice(*values: str, default: Any = MISSING) -> Any:
@@ -240,7 +221,7 @@ def _value(f: Any, value: Any, where: str) -> Any:
         _of(item, (int, float) if f.type == "tuple[float, ...]" else str, where, words)
     allowed = f.metadata.get("values")
     if allowed and value not in allowed:
-        raise CommandError(f"{where} is {value!r}; allowed: {', '.join(allowed)}{_near(value, allowed)}")
+        raise CommandError(f"{where} is {value!r}; allowed: {', '.join(allowed)}{near(value, allowed)}")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -252,12 +233,7 @@ def _of(value: Any, kind: Any, where: str, words: str = "a table") -> Any:
 
 def _unknown(name: str, dot: str, known: Iterable[str]) -> str:
     known = [k for k in known if k != "path"]
-    return f"unknown field {dot}{name}{_near(name, known)}; known: {', '.join(sorted(known))}"
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), 1, 0.6)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    return f"unknown field {dot}{name}{near(name, known)}; known: {', '.join(sorted(known))}"
 
 
 def _options(data: dict[str, Any]) -> dict[str, Option]:
@@ -335,65 +311,29 @@ def _regex(pattern: str, where: str, groups: tuple[str, ...] | None) -> None:
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
-def expand(text: str, values: Mapping[str, Any]) -> str:
-    """`text` with its placeholders filled in.  A brace that is no known placeholder stays, as JSON and YAML need."""
-
-    def fill(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            return match[0]
-        value = values[match[1]]
-        return format(value, match[2]) if match[2] else number(value) if isinstance(value, float) else str(value)
-
-    return _PLACE.sub(fill, text)
-
-
-def number(value: float) -> str:
-    """All digits, in a form that YAML also reads as a number: 1.0e-05, not 1e-05."""
-    text = repr(float(value))
-    return text.replace("e", ".0e") if "e" in text and "." not in text else text
-
-
-def words(text: str, values: Mapping[str, Any]) -> list[str]:
-    """The arguments of a command line: split as a shell splits, then filled in, so that a path may hold a space."""
-    return [expand(word, values) for word in shlex.split(text)]
-
-
 def _texts(file: CommandFile) -> None:
     """Every placeholder is known, every text can be split and filled in."""
     known = PLACEHOLDERS | dict(file.defaults) | {"step": 1}
     for name in file.defaults:
-        if name in PLACEHOLDERS and not isinstance(PLACEHOLDERS[name], str | int | float):
-            raise CommandError(f"defaults.{name} is a placeholder of dpocheck's own")
-    _text(file.command, "command", known, split=True)
-    _text(file.plain or "", "plain", known, split=True)
+        if name in PLACEHOLDERS:
+            raise CommandError(f"defaults.{name} is a placeholder that each run fills in; use another name")
+    check(file.command, "command", known, split=True)
+    check(file.plain or "", "plain", known, split=True)
     if not shlex.split(file.command):
         raise CommandError("command is empty")
     for name, text in file.losses.items():
-        _text(text, f"losses.{name}", known, split=True)
+        check(text, f"losses.{name}", known, split=True)
     for name, option in file.options.items():
-        _text(option.on, f"options.{name}", known, split=True)
-        _text(option.off, f"options.{name}.off", known, split=True)
-    _text(file.reference.option, "reference.option", known, split=True)
+        check(option.on, f"options.{name}", known, split=True)
+        check(option.off, f"options.{name}.off", known, split=True)
+    check(file.reference.option, "reference.option", known, split=True)
     named = [("python", file.python), ("rows.file", file.rows.file), ("weights.last", file.weights.last),
              ("weights.step", file.weights.step or ""), ("log.file", (file.log and file.log.file) or "")]  # fmt: skip
     named += [(f"environment.{name}", text) for name, text in file.environment.items()]
     named += [(f"files.{name!r}", name) for name in file.files]
     for where, text in named:
-        _text(text, where, known, split=False)
+        check(text, where, known, split=False)
     for name, content in file.files.items():  # braces are the content's own unless they all but name a placeholder
         for match in re.finditer(r"\{([a-z_]+)\}", content):
-            if match[1] not in known and (near := _near(match[1], known)):
-                raise CommandError(f"unknown placeholder {match[0]} in the content of files.{name!r}{near}")
-
-
-def _text(text: str, where: str, known: Mapping[str, Any], *, split: bool) -> None:
-    for match in _PLACE.finditer(text):
-        if match[1] not in known:
-            names = ", ".join(sorted(known))
-            raise CommandError(f"unknown placeholder {match[0]} in {where}{_near(match[1], known)}; known: {names}")
-    try:
-        expand(text, known)
-        if split:
-            shlex.split(text)
-    except ValueError as error:
-        raise CommandError(f"{where} cannot be read: {error}: {text!r}") from None
+            if match[1] not in known and (meant := near(match[1], known)):
+                raise CommandError(f"unknown placeholder {match[0]} in the content of files.{name!r}{meant}")

@@ -8,7 +8,8 @@ from command_bench import described
 
 import conformance
 from dpocheck.adapter import Says
-from dpocheck.command_file import CommandError, expand, number, read, words
+from dpocheck.command_file import CommandError, read
+from dpocheck.command_text import expand, number, words
 
 GOOD = {
     "command": '"{python} -m trainer {policy} {rows} {out}"', "rows": '{ file = "train.jsonl" }',
@@ -55,6 +56,7 @@ BAD = {
     "placeholder in a file's name": ({"files": '{ "{wrk}/a" = "" }'}, r"placeholder \{wrk\} in files"),
     "placeholder in a file": ({"files": '{ "a" = "lr: {learning_rte}" }'}, r"\{learning_rte\} in the content"),
     "format of a text": ({"command": '"x {policy:d}"'}, "command cannot be read: Unknown format code 'd'"),
+    "default of a run's own": ({"defaults": '{ beta = "1" }'}, "defaults.beta is a placeholder that each run fills in"),
     "open quote": ({"command": '"x \'y"'}, "command cannot be read: No closing quotation"),
     "empty command": ({"command": '" "'}, "command is empty"),
     "bad regular expression": ({"log": '{ step = "loss (" }'}, "log.step is not a regular expression"),

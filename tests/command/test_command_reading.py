@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from command_bench import described, experiment, put, seen
+from command_bench import COMMAND, described, experiment, put, seen
 from command_closed_form import PAIRS, SIZE, gradient, slopes
 from safetensors.numpy import load_file
 
@@ -195,3 +195,13 @@ def test_a_trainer_that_needs_a_chat_template_is_given_one_where_the_tokenizer_h
     assert given["chat_template"] == template
     assert "chat_template" not in json.loads((tmp_path / "policy/tokenizer_config.json").read_text())
     assert any(template in stub for stub in subject.stubs)
+
+
+def test_what_people_run_is_the_plain_command_without_what_is_switched_off(tmp_path):
+    options = '{ clip_norm = { on = "--clip {clip_norm}", off = "--no-such-option" } }'
+    subject = described(tmp_path, options=options, plain=f'"""{COMMAND} --clip 64"""')
+    asked = experiment(defaults=True)
+    right = expected(asked)
+    right *= 64 / (1024 * np.linalg.norm(right))  # the trainer clips the head's gradient, k = 2^10 times the logits'
+    _, arrays = put(subject, asked, tmp_path)
+    assert error(seen(arrays, asked), right) < rounding(asked, right)

@@ -253,7 +253,8 @@ def _counts(report: Report) -> Text:
             parts.append(noun)
     reasons = Counter(line(r.reason) for r in results if r.verdict == "not-applicable" and r.reason)
     if reasons and "not-applicable" in counts:
-        some = "; ".join(textwrap.shorten(reason, 60, placeholder=" …") + (f" ×{n}" if n > 1 else "") for reason, n in reasons.most_common(2))
+        often = [(textwrap.shorten(reason, 60, placeholder=" …"), n) for reason, n in reasons.most_common(2)]
+        some = "; ".join(reason + (f" ×{n}" if n > 1 else "") for reason, n in often)
         parts[-1] += f" ({some}{'; …' if len(reasons) > 2 else ''})"
     if stale := len(report.results) - len(results):
         parts.append(f"{stale} stale or expired among the known failures")

@@ -54,6 +54,7 @@ def describe(adapter: Any) -> dict[str, Any]:
         "name": getattr(adapter, "name", type(adapter).__name__),
         "version": getattr(adapter, "version", None),
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
+        "only": dict(getattr(adapter, "only", {})),
         "form": getattr(adapter, "form", "adapter"),
         "lines": getattr(adapter, "lines", None),
         "standalone": callable(getattr(adapter, "standalone", None)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpocheck.adapter import Says
 from dpocheck.forms import EXAMPLES
+from dpocheck.functions.options import own_kind
 from dpocheck.functions.target import Target, target
 from dpocheck.parameters import NotRecognised, spelled
 
@@ -41,6 +42,17 @@ class FunctionAdapter:
             setattr(self, form, made[form](one))
         step = getattr(self, "step", None)
         self.clears_gradients = bool(step and step.clears_gradients)
+
+    @property
+    def only(self) -> dict[str, Any]:
+        """Options it has hard-coded, and at what: what `fixed.py` asks it for instead of the ordinary."""
+        found: dict[str, Any] = {}
+        for one in self.targets.values():
+            found |= one.fixed
+            kind = own_kind(one.name)
+            if one.match.form == "loss" and kind and not one.settable() & {"kind", "ipo"}:
+                found["kind"] = kind
+        return found
 
     @property
     def forced(self) -> dict[str, Any]:

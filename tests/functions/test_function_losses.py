@@ -9,7 +9,7 @@ import pytest
 import torch
 from asking import SUBJECTS, ask
 
-from dpocheck import loading
+from dpocheck import fixed, loading
 from dpocheck.adapter import Unsupported
 from dpocheck.experiment import LossExperiment, Objective
 
@@ -107,6 +107,16 @@ def test_a_fixed_beta_is_found_and_audited_at_that_value(name, beta):
     seen = ask(f"losses:{name}", experiment(beta=beta))
     assert seen["per_pair"] == pytest.approx([softplus(-beta * h) for h in H])
     assert seen["forced"][f"{name}: beta"] == repr(beta)
+
+
+def test_what_is_fixed_is_told_to_the_judge_and_asked_for_instead():
+    assert ask("losses:fixed_dpo", experiment(beta=0.25))["only"] == {"beta": 0.25}
+    assert ask("losses:only_ipo_loss", experiment(kind="ipo"))["only"] == {"kind": "ipo"}
+    assert ask("losses:four_names", experiment())["only"] == {}
+    assert fixed.own(experiment(), {"beta": 0.25}) == experiment(beta=0.25)
+    assert fixed.own(experiment(beta=2.0), {"beta": 0.25}) == experiment(beta=2.0)
+    assert fixed.own(experiment(), {"kind": "ipo"}) == experiment()
+    assert fixed.plain({"kind": "ipo", "beta": 0.25}) == Objective("ipo", beta=0.25)
 
 
 def test_a_module_constant_is_put_back_after_the_call():

@@ -183,7 +183,8 @@ def _equation(report: Report) -> Iterable[object]:
     for part in str(report.equation).splitlines():
         yield Text("  " + line(part))
     if report.asked:
-        yield Text(f"  asked for: {line(report.asked)}")
+        same = line(report.asked) == line(str(report.equation).splitlines()[0])
+        yield Text("  asked for: the same" if same else f"  asked for: {line(report.asked)}")
 
 
 def _conventions(report: Report) -> Iterable[object]:

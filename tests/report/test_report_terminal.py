@@ -26,6 +26,12 @@ def test_the_screen_tells_subject_chapters_equation_findings_blind_spots_and_cou
     assert places == sorted(places)
 
 
+def test_an_equation_that_is_the_one_asked_for_is_said_to_be_the_same(report):
+    asked = "mean over pairs of −log σ(x)"
+    assert "asked for: the same" in render(replace(report, equation=f"{asked}\nlp: sums", asked=asked))
+    assert "asked for: dpo, beta 0.1" in render(report)
+
+
 def test_the_audit_fits_one_screen(report):
     many = replace(report.results[1], id="REF-MANY")
     crowded = replace(report, results=report.results + (many,) * 40)

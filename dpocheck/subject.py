@@ -239,7 +239,7 @@ class InProcess:
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         from dpocheck.adapter import Unsupported
 
-        payload = json.loads(json.dumps(request(experiment, paths, folder)))
+        payload = json.loads(json.dumps({"subject": None} | request(experiment, paths, folder)))
         try:
             return self.handle("observe", payload, {}, self.state)
         except Unsupported as refusal:

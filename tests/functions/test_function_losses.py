@@ -113,7 +113,8 @@ def test_what_is_fixed_is_told_to_the_judge_and_asked_for_instead():
     assert ask("losses:fixed_dpo", experiment(beta=0.25))["only"] == {"beta": 0.25}
     assert ask("losses:only_ipo_loss", experiment(kind="ipo"))["only"] == {"kind": "ipo"}
     assert ask("losses:four_names", experiment())["only"] == {}
-    assert fixed.own(experiment(), {"beta": 0.25}) == experiment(beta=0.25)
+    doubled = LossExperiment(*(tuple(2 * x for x in column) for column in FOUR), objective=Objective(beta=0.25))
+    assert fixed.own(experiment(), {"beta": 0.25}) == doubled  # 0.25 * 2 h = 0.5 h
     assert fixed.own(experiment(beta=2.0), {"beta": 0.25}) == experiment(beta=2.0)
     assert fixed.own(experiment(), {"kind": "ipo"}) == experiment()
     assert fixed.plain({"kind": "ipo", "beta": 0.25}) == Objective("ipo", beta=0.25)

@@ -210,13 +210,38 @@ def _train(experiment: TrainExperiment) -> tuple[str, list[str]]:
     if settings := changed(recipe, Recipe(), skip=("objective",)):
         lines.append(f"  recipe      {settings}")
     lines.append(f"  tokenizer   {_tokenizer(experiment.tokenizer)}; {_body(experiment.body)}")
-    lines += _row_table(experiment.rows)
+    lines += _row_table(experiment.rows, _logps(experiment))
     for name, rows in experiment.evaluation:
         lines += [f"  evaluation set {line(name)!r}, {plural(len(rows), 'pair')}:", *_row_table(rows)]
     return sentence, lines
 
 
-def _row_table(rows: Several[Row]) -> list[str]:
-    cells = [("prompt", "chosen", "rejected")]
-    cells += [(_text(row.prompt), _text(row.chosen), _text(row.rejected)) for row in rows[:ROWS]]
+def _logps(experiment: TrainExperiment) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Columns (title, (chosen, rejected) of each row) of the log-probs that the tables give the completions."""
+    from dpocheck.oracle.tokens import tokenise
+
+    tables = [("log π_θ", experiment.policy), ("log π_ref", experiment.reference), ("log π on disk", experiment.edited)]
+    try:
+        pairs = tokenise(experiment)
+    except (ValueError, KeyError, IndexError):  # rows that cannot be tokenised are shown as they are
+        return []
+    if len(pairs) != len(experiment.rows) or not all(pair.prompt for pair in pairs):
+        return []
+    columns = []
+    for title, table in tables:
+        if table is not None:
+            sides = [(pair.chosen, pair.rejected) for pair in pairs[:ROWS]]
+            prompts = [pair.prompt for pair in pairs[:ROWS]]
+            columns.append((title, [
+                (number(table_logp(table, prompt, w)), number(table_logp(table, prompt, l)))
+                for prompt, (w, l) in zip(prompts, sides, strict=True)
+            ]))  # fmt: skip
+    return columns
+
+
+def _row_table(rows: Several[Row], columns: Several[tuple[str, list[tuple[str, str]]]] = ()) -> list[str]:
+    cells = [("prompt", "chosen", "rejected", *(f"{title} of y_w, y_l" for title, _ in columns))]
+    for place, row in enumerate(rows[:ROWS]):
+        logps = [f"{values[place][0]}, {values[place][1]}" for _, values in columns]
+        cells.append((_text(row.prompt), _text(row.chosen), _text(row.rejected), *logps))
     return grid(cells) + _more(len(rows), "pair")

@@ -84,7 +84,8 @@ def test_the_long_form_holds_its_parts_in_order(report):
     parts = [
         "✘ REF-IS-POLICY-GIVEN · must · version 1", "holds.", "source: Rafailov", "observed    1.3180",
         "expected    0.69315", "off by      0.6249 = 6.2e+05 times the bound (1.0e-06)", "first loss",
-        "tokens ✔  reference log-probs ✘", "experiment", "prompt   chosen   rejected", "probably    the reference is",
+        "tokens ✔  reference log-probs ✘", "experiment", "prompt   chosen   rejected   log π_θ of y_w, y_l",
+        "probably    the reference is",
         f"dpocheck replay out/x/{handle(result)}", "out/x/scripts/ref.py",
     ]  # fmt: skip
     places = [text.index(part) for part in parts]
@@ -120,6 +121,22 @@ def test_a_step_shows_the_log_probs_its_tables_give():
     _, table = describe([step])
     assert table[1].split()[-2:] == ["−0.6931", "−1.386"]
     assert table[2].split()[-2:] == ["−1.792", "−1.386"]  # log(1/6)
+
+
+def test_rows_are_shown_with_the_log_probs_of_policy_reference_and_disk():
+    # flat table of 16: each token −log 16 = −2.773; two tokens (word, EOS) −5.545. One logit log 3 at b after a:
+    # log(3/18) = −1.792, with EOS −4.564; its sibling log(1/18) − log 16 = −5.663
+    from math import log
+
+    from dpocheck.experiment import Row, Table, Tokenizer, TrainExperiment
+    from dpocheck.report.describe import describe
+
+    words = Tokenizer(("a", "b", "c"), 16)
+    raised = Table(16, 0.0, ((0, 1, log(3.0)),))
+    run = TrainExperiment(raised, None, words, (Row("a", " b", " c"),), edited=Table(16))
+    _, table = describe([run])
+    assert table[-2].split("   ")[-1] == "log π on disk of y_w, y_l"
+    assert table[-1].split()[-4:] == ["−4.564,", "−5.663", "−5.545,", "−5.545"]
 
 
 def test_numbers_that_differ_look_different():

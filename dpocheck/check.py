@@ -109,7 +109,7 @@ class Check:
     scenes: Sequence[Scene] | Callable[[Theory], Sequence[Scene]]
     version: int = 1
     tier: str = "quick"
-    draw: Any = None  # a Hypothesis strategy of tuples of experiments, added to the scenes in the full tier
+    draw: Callable[[Any], Any] | None = None  # draw.Ask -> a strategy of tuples of experiments, for the full tier
     rivals: tuple[Theory, ...] = ()
     covers: tuple[str, ...] = ()  # ids of properties
     why: str = ""  # why it matters

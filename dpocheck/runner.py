@@ -81,7 +81,10 @@ def _audit(
         results += conventions.resolve(subject, cached_predict)
     elif subject.capabilities:
         conventions.resolve(subject, cached_predict)
-    session = Session(subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only)
+    session = Session(
+        subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only, seed=options.seed,
+        shrink=options.shrink,
+    )  # fmt: skip
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpocheck.check import STAGES, Case, Check, Comparison, Scene
+from dpocheck.draw import draw, joined
 from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import Theory
@@ -46,10 +47,12 @@ class Session:
     """
 
     def __init__(
-        self, subject: Subject, predict: Predict, limit: Limit, *, tier: str = "quick", blocking: bool = True
-    ) -> None:
+        self, subject: Subject, predict: Predict, limit: Limit, *, tier: str = "quick", blocking: bool = True,
+        seed: int = 0, shrink: int = 0,
+    ) -> None:  # fmt: skip
         self.subject, self.predict, self.limit = subject, predict, limit
         self.tier, self.blocking = tier, blocking
+        self.seed, self.shrink = seed, shrink
         self.failed: dict[str, str] = {}  # scene family -> the check that failed first
         self.seen: dict[str, list[tuple[Experiment, Seen]]] = {}  # check -> what was observed in its scenes
 
@@ -60,9 +63,13 @@ class Session:
             for scene in check.staged(self.subject.theory)
             if self.tier == "full" or scene.tier == "quick"
         ]
+        found, words = self.drawn(check, outcomes)
+        outcomes += found
         told = min(outcomes, key=_severity) if outcomes else Outcome(
             Comparison("not-applicable", reason="no scene for this subject"), Scene("none", ())
         )  # fmt: skip
+        if words and told not in found:
+            told = replace(told, comparison=replace(told.comparison, reason=joined(told.comparison.reason, words)))
         if told.comparison.verdict == "fail" and check.level == "must":
             self.failed.setdefault(told.scene.family, check.id)
             if told.scene.family == "plain" and STAGES.index(check.stage) <= STAGES.index("gradient"):
@@ -71,6 +78,25 @@ class Session:
             pair for each in outcomes for pair in zip(each.scene.experiments, each.observed, strict=False)
         ]
         return report(check, told, time.perf_counter() - began)
+
+    def drawn(self, check: Check, outcomes: list[Outcome]) -> tuple[list[Outcome], str]:
+        """What drawn experiments add, in the full tier, and how many there were, in words.
+
+        None where a scene, which is smaller, failed already, and none where no scene applies to the subject.
+        """
+        verdicts = {outcome.comparison.verdict for outcome in outcomes}
+        if self.tier != "full" or check.draw is None or verdicts & {"fail", "error", "blocked"}:
+            return [], ""
+        if verdicts <= {"not-applicable"}:
+            return [], ""
+        family = next(each.scene.family for each in outcomes if each.comparison.verdict != "not-applicable")
+        tally = draw(
+            check, self.subject.theory, self.subject.capabilities,
+            lambda experiments: self.outcome(check, Scene("drawn", experiments, family)),
+            seed=self.seed, shrink=self.shrink,
+        )  # fmt: skip
+        found = tally.outcome()
+        return [found] if found else [], tally.words()
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
         """Observe one scene and judge it."""

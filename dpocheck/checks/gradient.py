@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpocheck.check import Case, Comparison, agree, check, labels, scene
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.experiment import Body, Objective, Pair, StepExperiment
 from dpocheck.oracle import optimum
 from dpocheck.oracle.theory import PAPER
@@ -19,6 +19,7 @@ RAGGED = scenes.step(scenes.ragged())
 
 @check(
     "GRAD-IDENTITY", chapter="gradient", stage="gradient", level="must", needs={"step.gradient"},
+    draw=draws.steps(rectangular=True),
     scenes=[scene("five pairs, policy away from the reference", FIVE)],
     rivals=(PAPER.but(reference="none"), PAPER.but(beta_power=2.0), PAPER.but(logps="mean")),
     claim="The gradient is -beta * sigma(-m) * (grad log pi(y_w) - grad log pi(y_l)), averaged over the pairs.",
@@ -46,6 +47,7 @@ def start(case: Case) -> Comparison:
 
 @check(
     "GRAD-TOKENS", chapter="gradient", stage="mask", level="must", needs={"step.gradient"},
+    draw=draws.steps(),
     scenes=[scene("five pairs of unequal lengths", RAGGED, family="ragged")],
     rivals=(PAPER.but(counted="no-eos"), PAPER.but(counted="no-first")),
     claim="Gradient reaches exactly the positions that predict completion tokens, EOS included.",
@@ -73,6 +75,7 @@ def tokens(case: Case) -> Comparison:
 
 @check(
     "GRAD-RAGGED", chapter="gradient", stage="gradient", level="must", needs={"step.gradient"},
+    draw=draws.steps(),
     scenes=[
         scene("five pairs of unequal lengths", RAGGED, family="ragged"),
         scene("five pairs of unequal lengths, padded on the left", replace(RAGGED, padding="left"), family="left pad"),
@@ -89,6 +92,7 @@ def ragged(case: Case) -> Comparison:
 
 @check(
     "GRAD-ATTENTION", chapter="gradient", stage="gradient", level="must", needs={"step.attended"},
+    draw=draws.steps(body="clock"),
     scenes=[
         scene("five pairs of unequal lengths", replace(RAGGED, body=Body("clock")), family="ragged"),
         scene("the same, padded on the left", replace(RAGGED, body=Body("clock"), padding="left"), family="left pad"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpocheck.check import Case, Comparison, agree, check, close, equal, scene
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.experiment import LogpExperiment, Pair, Table, TokenRow
 from dpocheck.oracle.theory import PAPER
 
@@ -44,6 +44,7 @@ WRONG = tuple(
 
 @check(
     "LOGP-VALUE", chapter="logps", stage="logps", level="must", needs={"logps.logps"}, source=SUM, rivals=WRONG,
+    draw=draws.logps,
     scenes=[scene("ten rows of unequal lengths", batch(ROWS), family="logps")],
     claim="The log-prob of a completion is the sum of the log-probs of its tokens, EOS included, given all before them.",
     covers=("LOGP-VALUE", "LOGP-EOS", "LOGP-FIRST", "LOGP-EDGE"),
@@ -57,6 +58,7 @@ def value(case: Case) -> Comparison:
 
 @check(
     "LOGP-TOKENS", chapter="logps", stage="mask", level="must", needs={"logps.counted"}, source=SUM,
+    draw=draws.logps,
     scenes=[scene("ten rows of unequal lengths", batch(ROWS), family="logps")],
     claim="Exactly the completion's tokens are scored, each once, at the position before it.",
     covers=("LOGP-TRACER", "LOGP-GRAD-SUPPORT"), why="It names the token that is missing or too much.",
@@ -95,6 +97,7 @@ def prompt_matters(case: Case) -> Comparison:
 
 @check(
     "LOGP-PADDING", chapter="logps", stage="mask", level="must", needs={"logps.logps"}, source=SUM,
+    draw=draws.repadded,
     scenes=[
         scene("seven more pads on the right", batch(ROWS), batch(ROWS, extra=7), family="padding"),
         scene("pads on the left", batch(ROWS), batch(ROWS, side="left"), family="padding"),
@@ -111,6 +114,7 @@ def padding(case: Case) -> Comparison:
 
 @check(
     "LOGP-BATCH-MATES", chapter="logps", stage="logps", level="must", needs={"logps.logps"}, source=SUM,
+    draw=draws.among_others,
     scenes=[scene("a row among ten, and among two", batch(ROWS), batch([ROWS[0], ROWS[6]]), family="padding")],
     claim="The log-prob of a row does not depend on the other rows of the batch.", covers=("LOGP-BATCH", "LOGP-ROWPERM"),
     why="Else the order of the data changes the objective.", bug="A sum divided by the tokens of the whole batch.",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpocheck.check import Case, Comparison, check, close, equal, scene
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.checks.loss import ORDINARY
 from dpocheck.derive import NEVER, STILL, rows
 from dpocheck.experiment import LossExperiment, Objective, Pair, Recipe, Table, TrainExperiment
@@ -32,6 +32,7 @@ def _unchanged(case: Case) -> Comparison:
 
 @check(
     "LOGZ-REFERENCE", chapter="logz", stage="loss", level="must", needs=set(), source=CANCELS,
+    draw=draws.shifted("reference"),
     scenes=[scene("five pairs, a constant per prompt on both reference log-probs", ORDINARY,
                   _shifted("reference_chosen", "reference_rejected"))],
     claim="A constant per prompt on both reference log-probs changes nothing.",
@@ -44,6 +45,7 @@ def reference(case: Case) -> Comparison:
 
 @check(
     "LOGZ-POLICY", chapter="logz", stage="loss", level="must", needs=set(), source=CANCELS,
+    draw=draws.shifted("policy"),
     scenes=[scene("five pairs, a constant per prompt on both policy log-probs", ORDINARY,
                   _shifted("policy_chosen", "policy_rejected"))],
     claim="A constant per prompt on both policy log-probs changes nothing.", covers=("LOSS-GAUGE-POL",),

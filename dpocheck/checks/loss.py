@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpocheck.check import Case, Comparison, agree, check, close, equal, scene, worst
+from dpocheck.checks import draws
 from dpocheck.experiment import LossExperiment, Objective
 from dpocheck.oracle.theory import PAPER
 
@@ -40,6 +41,7 @@ def values(case: Case, index: int = 0) -> Comparison:
 
 @check(
     "LOSS-VALUE", chapter="loss", stage="loss", level="must", needs=set(), source=EQ7,
+    draw=draws.losses,
     scenes=[
         scene("five pairs", ORDINARY), scene("one pair", SINGLE), scene("policy near the reference", NEAR),
         scene("large log-probs, small margins", CANCELLING),
@@ -69,6 +71,7 @@ def zero_margin(case: Case) -> Comparison:
 
 @check(
     "LOSS-SWAP", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"}, source=EQ7 + " and softplus(t) - softplus(-t) = t",
+    draw=draws.exchanged,
     scenes=[scene("five pairs and the same with chosen and rejected exchanged", ORDINARY, LossExperiment(
         ORDINARY.policy_rejected, ORDINARY.policy_chosen, ORDINARY.reference_rejected, ORDINARY.reference_chosen, HALF))],
     claim="L(m) - L(-m) = -m: exchanging chosen and rejected changes the loss by the margin.",
@@ -154,6 +157,7 @@ def dtypes(case: Case) -> Comparison:
 
 @check(
     "LOSS-PARTIALS", chapter="loss", stage="gradient", level="must", needs={"loss.slopes"}, source=EQ7 + ", differentiated",
+    draw=draws.losses,
     scenes=[scene("five pairs", ORDINARY), scene("margins up to +-88", at((-88.0, -20.5, -3.0, 0.5, 3.0, 20.5, 60.0)))],
     claim="The slope in log pi(y_w) is -beta * sigma(-m), in log pi(y_l) it is +beta * sigma(-m), over the number of pairs.",
     covers=("LOSS-GRAD", "LOSS-GRAD-STRUCT"), why="A right value with a wrong slope trains wrongly and logs well.",
@@ -229,6 +233,7 @@ DOUBLED = LossExperiment(*(tuple(2 * x for x in row) for row in ORDINARY.argumen
 
 @check(
     "LOSS-BETA-SCALE", chapter="loss", stage="loss", level="must", needs=set(), source=EQ7,
+    draw=draws.doubled,
     scenes=[scene("beta 1/2, and beta 1/4 at doubled log-probs", ORDINARY, DOUBLED)],
     claim="L(c beta; z) = L(beta; c z): beta only scales the log-ratios.", covers=("LOSS-BETA-SCALE",),
     why="A beta outside the logarithm, squared, or hard-coded breaks it.",
@@ -252,6 +257,7 @@ def beta_limits(case: Case) -> Comparison:
 
 @check(
     "LOSS-SMOOTHING", chapter="loss", stage="loss", level="must", needs=set(), source="Mitchell 2023 (cDPO), Eq. 3",
+    draw=draws.of_objective("cdpo"),
     scenes=[scene(f"label smoothing {eps}", replace(ORDINARY, objective=Objective(beta=0.5, label_smoothing=eps)), family="smoothing")
             for eps in (0.125, 0.375)],
     claim="With label smoothing eps the loss is (1 - eps) * softplus(-m) + eps * softplus(m).",
@@ -267,6 +273,7 @@ def smoothing(case: Case) -> Comparison:
 
 @check(
     "LOSS-PAIRS-INDEPENDENT", chapter="loss", stage="loss", level="must", needs={"loss.slopes"}, source=EQ7 + ": a mean over pairs",
+    draw=draws.other_mates,
     scenes=[scene("five pairs, and the same with other numbers in the last two", ORDINARY, LossExperiment(
         *((*row[:3], row[3] - 1.75, row[4] - 3.25) if i == 0 else tuple(row) for i, row in enumerate(ORDINARY.arguments().tolist())), HALF))],
     claim="Each pair's slope depends on that pair alone.", covers=("LOSS-PAIR-WEIGHT", "LOSS-PERM"),
@@ -294,6 +301,7 @@ def pure(case: Case) -> Comparison:
 
 @check(
     "LOSS-REWARDS", chapter="loss", stage="rewards", level="must", needs={"loss.rewards_chosen", "loss.rewards_rejected"},
+    draw=draws.losses,
     scenes=[scene("five pairs", ORDINARY)], rivals=(PAPER.but(rewards="swapped"), PAPER.but(rewards="policy-only")),
     claim="The implicit rewards are beta * (log pi - log ref) of chosen and of rejected.",
     source="Rafailov et al. 2023, Eq. 5, up to the prompt's constant", covers=("REW-IDENT", "LOSS-BETA-TRIANGLE"),
@@ -310,15 +318,16 @@ def _objective(id: str, objective: Objective, claim: str, source: str, bug: str,
 
     @check(
         id, chapter="loss", stage="loss", level="must", needs=set(), claim=claim, source=source, bug=bug, covers=covers,
-        scenes=[scene("five pairs", experiment, family=objective.kind)],
+        scenes=[scene("five pairs", experiment, family=objective.kind)], draw=draws.of_objective(objective.kind),
         why="An objective that is offered is what the user thinks it is.",
         fix="Take the formula from the paper, and say which length the log-probs are divided by, if any.",
     )  # fmt: skip
     def judge(case: Case) -> Comparison:
         told = [values(case)]
         if case.observed[0].slopes is not None and case.observed[0].via == "native":
-            limit = np.broadcast_to(np.asarray(case.bound("slopes")), (4, 5))[:2]
-            told.append(close(case.observed[0].slopes[:2], case.predicted().slopes[:2], limit))
+            paper = case.predicted().slopes
+            limit = np.broadcast_to(np.asarray(case.bound("slopes")), paper.shape)[:2]
+            told.append(close(case.observed[0].slopes[:2], paper[:2], limit))
         return worst(told)
 
 

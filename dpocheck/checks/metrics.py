@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpocheck.check import Case, Comparison, check, logged, scene, worst
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.derive import STILL
 from dpocheck.experiment import Objective, Recipe
 from dpocheck.oracle.theory import PAPER, Theory
@@ -22,6 +22,7 @@ def _batches(theory: Theory) -> list:
 def _metric(id: str, names: tuple[str, ...], claim: str, bug: str, rivals: tuple[Theory, ...]) -> None:
     @check(
         id, chapter="metrics", stage="metrics", level="must", needs={f"train.history.{names[0]}"}, scenes=_batches,
+        draw=draws.runs("logged", still=True),
         claim=claim, source=REWARD, covers=("MET-VALUE", "MET-LINEAR"), bug=bug, rivals=rivals,
         why="People choose between runs, and stop them, by these numbers.",
         fix="Log the mean over the pairs of the quantity as it is defined, from the numbers that the loss was made of.",
@@ -72,6 +73,7 @@ def _evaluation(theory: Theory) -> list:
 
 @check(
     "EVAL-BATCH", chapter="metrics", stage="metrics", level="must", needs={"train.history.rewards/margins"},
+    draw=draws.runs("logged", still=True, held_out=True),
     scenes=_evaluation, rivals=(),
     claim="Evaluation metrics are means over the pairs, whatever the evaluation batch size.",
     source="the definition of a mean over an evaluation set", covers=("MET-AGG",),

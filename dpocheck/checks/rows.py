@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpocheck.check import Case, Comparison, agree, check, scene, worst
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.experiment import Body, Message, Objective, Recipe, Row, Template, Tokenizer, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
 
@@ -39,6 +39,7 @@ def tokens_agree(case: Case) -> Comparison:
 
 @check(
     "ROWS-ROUND-TRIP", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, source=ROW,
+    draw=draws.implicit_prompts,
     scenes=[
         scene("no prompt column, no shared start, chosen ends with a space",
               letters(Row(None, "ab ", "cd")), family="implicit prompt"),
@@ -160,6 +161,7 @@ def _truncation(theory: Theory) -> list:
 
 @check(
     "ROWS-TRUNCATION", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, scenes=_truncation,
+    draw=draws.long_rows,
     source=ROW + "; the limit that was asked for", rivals=(PAPER.but(truncation="none"),),
     claim="A row beyond the limit keeps the side that was asked for, and no token appears that was not in it.",
     covers=("RUN-TRUNC",), why="Truncation decides what long completions teach.",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dpocheck.check import Case, Comparison, agree, check, equal, labels, scene, worst
-from dpocheck.checks import scenes
+from dpocheck.checks import draws, scenes
 from dpocheck.experiment import Body, Objective, Recipe
 from dpocheck.oracle.theory import PAPER, Theory
 
@@ -27,6 +27,7 @@ def _even(theory: Theory) -> list:
 
 @check(
     "ACCUM-EVEN", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_even,
+    draw=draws.runs("even"),
     rivals=(PAPER.but(accumulation="sum"), PAPER.but(accumulation="last")),
     claim="Micro-batches of equal size add up to the gradient of one big batch.", source=MEAN,
     covers=("ACCUM-EVEN", "ACCUM-STEP", "RUN-ACCUM"),
@@ -87,6 +88,7 @@ def _two_steps(theory: Theory) -> list:
 
 @check(
     "STEP-TWO", chapter="step", stage="step", level="must", needs={"train.logits"}, scenes=_two_steps, source=SGD,
+    draw=draws.runs("steps"),
     rivals=(PAPER.but(stale="kept"), PAPER.but(reference="policy-live"), PAPER.but(momentum_extra=0.9)),
     claim="Consecutive steps end where plain SGD on the same batches ends.",
     covers=("STEP-TWO", "RUN-REPLAY", "RUN-LR", "RUN-DESCENT"),
@@ -134,6 +136,7 @@ def _clip(theory: Theory) -> list:
 
 @check(
     "CLIP-NORM", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_clip,
+    draw=draws.runs("whole", "even", clip=True),
     rivals=(PAPER.but(clip="ignored"), PAPER.but(clip="value")),
     claim="Clipping scales the step's whole gradient by threshold / norm, and keeps its direction.",
     source="Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1", covers=("CLIP-ACTIVE", "RUN-CLIP", "STEP-GRADNORM"),

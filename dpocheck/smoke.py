@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpocheck.derive import ONE_STEP, rows
+from dpocheck.checks import scenes
 from dpocheck.experiment import (
     LogpExperiment,
     LossExperiment,
     Objective,
     Pair,
-    Recipe,
     StepExperiment,
     Table,
     TokenRow,
-    TrainExperiment,
 )
 from dpocheck.observation import LogpSeen, LossSeen, Seen, StepSeen, TrainSeen
 from dpocheck.probes.tokenizers import plain_words
@@ -34,10 +32,7 @@ def experiments(subject: Subject) -> list:
         "loss": LossExperiment((-3.5, -6.3), (-6.1, -5.9), (-4.2, -5.7), (-5.3, -6.6), objective),
         "sequence_logps": LogpExperiment(POLICY, (row, row)),
         "step": StepExperiment(POLICY, REFERENCE, PAIRS, objective, pad=WORDS.pad, eos=WORDS.eos),
-        "train": TrainExperiment(
-            POLICY, REFERENCE, WORDS, rows(PAIRS, 64, subject.theory),
-            Recipe(objective, learning_rate=ONE_STEP, batch=2),
-        ),
+        "train": scenes.run(scenes.rectangular(6), subject.theory),
     }  # fmt: skip
     return [made[name] for name in subject.capabilities]
 

@@ -13,14 +13,14 @@ from dpocheck.oracle import optimum
 from dpocheck.oracle.theory import PAPER
 
 SOURCE = "Rafailov et al. 2023, section 4, 'What does the DPO update do?'"
-FIVE = scenes.step(scenes.rectangular(5))
-RAGGED = scenes.step(scenes.ragged())
+SIX = scenes.step(scenes.rectangular(6))
+RAGGED = scenes.step(scenes.ragged(), body=Body("clock"))
 
 
 @check(
     "GRAD-IDENTITY", chapter="gradient", stage="gradient", level="must", needs={"step.gradient"},
     draw=draws.steps(rectangular=True),
-    scenes=[scene("five pairs, policy away from the reference", FIVE)],
+    scenes=[scene("six pairs, policy away from the reference", SIX)],
     rivals=(PAPER.but(reference="none"), PAPER.but(beta_power=2.0), PAPER.but(logps="mean")),
     claim="The gradient is -beta * sigma(-m) * (grad log pi(y_w) - grad log pi(y_l)), averaged over the pairs.",
     source=SOURCE, covers=("STEP-GRAD", "STEP-SGD", "STEP-PAIR-LINEAR", "GRAD-SWAP", "GRAD-COLLIN"),
@@ -34,7 +34,7 @@ def identity(case: Case) -> Comparison:
 
 @check(
     "GRAD-START", chapter="gradient", stage="gradient", level="must", needs={"step.gradient"},
-    scenes=[scene("five pairs, reference = policy", replace(FIVE, reference=FIVE.policy))],
+    scenes=[scene("six pairs, reference = policy", replace(SIX, reference=SIX.policy))],
     rivals=(PAPER.but(sft_extra=0.1), PAPER.but(offset=0.5)),
     claim="Where policy and reference are equal, the gradient is -beta / 2 times the difference of SFT gradients.",
     source=SOURCE, covers=("INIT-GRAD", "STEP-FIXED-TIE", "GRAD-SWAP-FREE"),
@@ -94,8 +94,8 @@ def ragged(case: Case) -> Comparison:
     "GRAD-ATTENTION", chapter="gradient", stage="gradient", level="must", needs={"step.attended"},
     draw=draws.steps(body="clock"),
     scenes=[
-        scene("five pairs of unequal lengths", replace(RAGGED, body=Body("clock")), family="ragged"),
-        scene("the same, padded on the left", replace(RAGGED, body=Body("clock"), padding="left"), family="left pad"),
+        scene("five pairs of unequal lengths", RAGGED, family="ragged"),
+        scene("the same, padded on the left", replace(RAGGED, padding="left"), family="left pad"),
     ],
     claim="Each scored position attends to its own row's real tokens before it, at their right relative positions.",
     source="causal self-attention over the row", covers=("LOGP-PAD-L", "LOGP-PACK", "LOGP-CAUSAL", "RUN-TOK-BOS"),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from reference_impl import randomness
 from reference_impl.config import ConfigError, TrainConfig
 from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers, whole_folder
+from reference_impl.metrics import from_line, to_line
 from reference_impl.models import Policy, is_peft
 from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
@@ -113,7 +114,7 @@ def save_checkpoint(
             (writing / "trainer").mkdir()
             save_file(optimizer_state(policy.model, optimizer), writing / "trainer" / "optimizer.safetensors")
             save_file(randomness.capture(), writing / "trainer" / "generators.safetensors")
-            lines = "".join(json.dumps(row) + "\n" for row in state.history)
+            lines = "".join(to_line(row) for row in state.history)
             (writing / "trainer" / "history.jsonl").write_text(lines, encoding="utf-8")
         if config.keep_last is not None:
             for old in list(checkpoints(folder).values())[: -config.keep_last]:
@@ -187,7 +188,7 @@ def load_checkpoint(
         lines = (path / "trainer" / "history.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be continued from: {error}") from error
-    return State(facts["step"], Position(**facts["position"]), [json.loads(line) for line in lines])
+    return State(facts["step"], Position(**facts["position"]), [from_line(line) for line in lines])
 
 
 def load_policy(policy: Policy, folder: Path) -> None:

@@ -49,14 +49,14 @@ class History:
             # Rows after the checkpoint that a run continues from belong to steps that will be made again.
             self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             for row in self.rows:
-                self._file.write(_line(row))
+                self._file.write(to_line(row))
             self._file.flush()
 
     def add(self, step: int, split: str, metrics: dict[str, float]) -> None:
         row = {"step": step, "split": split, "metrics": metrics}
         self.rows.append(row)
         if self._file is not None:
-            self._file.write(_line(row))
+            self._file.write(to_line(row))
             self._file.flush()
         for tracker in self._trackers:
             tracker(step, split, metrics)
@@ -106,7 +106,13 @@ def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
     return track
 
 
-def _line(row: dict[str, Any]) -> str:
-    # NaN and infinity are not JSON: written as strings, so that every line can be read by anything.
+def to_line(row: dict[str, Any]) -> str:
+    """A row as a line of JSON.  NaN and infinity, which JSON has not, become strings, so that anything can read it."""
     metrics = {k: v if v == v and abs(v) != float("inf") else str(v) for k, v in row["metrics"].items()}
     return json.dumps({**row, "metrics": metrics}, allow_nan=False) + "\n"
+
+
+def from_line(line: str) -> dict[str, Any]:
+    """The row that to_line wrote."""
+    row = json.loads(line)
+    return {**row, "metrics": {name: float(value) for name, value in row["metrics"].items()}}

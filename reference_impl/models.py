@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,21 @@ def check_model(model: nn.Module, tokenizer: Any, role: str) -> None:
             f"the tokenizer has {len(tokenizer)} tokens, but the {role}'s embedding only {rows}: "
             "take the model's own tokenizer, or resize_token_embeddings(len(tokenizer)) and train the new rows"
         )
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raises ModelError for generation settings that transformers loads but refuses to save: at the first step, not
+    after the last."""
+    settings = getattr(unwrapped(model), "generation_config", None)
+    if settings is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings.save_pretrained(folder)
+    except ValueError as error:
+        raise ModelError(
+            f"the model's generation_config cannot be saved: {_first_line(error)} Correct generation_config.json"
+        ) from error
 
 
 def prepare_policy(model: nn.Module, tokenizer: Any, pad_id: int, config: TrainConfig) -> Policy:

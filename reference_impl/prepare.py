@@ -81,6 +81,8 @@ def prepare(
     device = models.pick_device(config.device)
     model = model if model is not None else models.load_model(config.model, config.dtype, device)
     models.check_model(model, tokenizer, "policy")
+    if folder is not None:
+        models.check_can_be_saved(model)
     _check_ids(model, {"train": train, **held_out})
     policy = models.prepare_policy(model, tokenizer, pad_id, config)
     try:
@@ -181,6 +183,9 @@ def _pairs(rows: Any, tokenizer: Any, config: TrainConfig) -> PairData:
     if isinstance(rows, PairData):
         return rows
     if _is_tokenised(rows):
+        numbers = [pair.row for pair in rows]
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError("two TokenPairs have one row number: give each its own, log-probs are found by it")
         digest = hashlib.sha256(repr([dataclasses.astuple(pair) for pair in rows]).encode()).hexdigest()
         return PairData(tuple(rows), None, digest)
     if tokenizer is None:

@@ -323,6 +323,19 @@ def test_refused_live_model_comes_back_as_it_was() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_model_that_could_not_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    model = llama()
+    model.generation_config.temperature = 0.5  # without do_sample: transformers loads this and refuses to save it
+    model.generation_config.do_sample = False
+    with pytest.raises(ModelError, match="generation_config cannot be saved"):
+        train(TrainConfig(steps=1), model=model, train_rows=pairs(3), output_dir=tmp_path)
+
+
+def test_pairs_with_one_row_number_are_refused() -> None:
+    with pytest.raises(ConfigError, match="one row number"):
+        train(TrainConfig(), model=llama(), train_rows=[*pairs(3), pairs(1)[0]])
+
+
 def test_every_refusal_has_its_own_words() -> None:
     assert len(REFUSED_SETTINGS) + len(FILES) + len(MODELS) + len(REFERENCES) + len(RUNS) >= 60
 

@@ -93,6 +93,17 @@ def test_held_out_set_may_be_added_when_a_run_is_continued(tmp_path: Path) -> No
     assert same_bits(state(first.model), state(again.model))
 
 
+def test_history_with_infinite_numbers_survives_as_json(tmp_path: Path) -> None:
+    """One held-out pair has no interval: from minus to plus infinity, which JSON has not."""
+    config, given = TrainConfig(steps=2, save_every=1), {"train_rows": pairs(4), "eval_rows": {"one": pairs(1)}}
+    first, again = (train(config, model=llama(), output_dir=tmp_path, **given) for _ in range(2))
+    assert numbers(again.history) == numbers(first.history)
+    assert first.history[0]["metrics"]["loss/high"] == float("inf")
+    for file in tmp_path.rglob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     result = run(tmp_path, keep_last=2)
     assert list(result.checkpoints) == [5, 6]

@@ -12,10 +12,12 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from dpocheck.experiment import Recipe, Sequence, TrainExperiment, to_plain
 from dpocheck.probes import tables, tokenizers
+from dpocheck.report.command_script import command_trainers
 from dpocheck.report.function_script import function_script
 from dpocheck.report.hook import ask
 from dpocheck.report.literal import literal
@@ -53,6 +55,9 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
 
     @cache
     def asked(what: str) -> dict[str, Any]:
+        if subject.endswith(".toml"):
+            texts = command_trainers(Path(subject), [run for found in runs.values() for run in found])
+            return {"train": texts} if texts else {}
         return ask(subject, experiments=own) if what == "function" else ask(subject, recipes)
 
     def script(result: Result, report: Report) -> str | None:
@@ -67,8 +72,8 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
             return None
         answer = dict(asked("adapter"))
         if answer.get("train"):
-            texts = dict(zip(recipes, answer["train"], strict=True))
-            answer["train"] = [texts[translated(run)] for run in found]
+            texts = dict(zip([run for each in runs.values() for run in each], answer["train"], strict=True))
+            answer["train"] = [texts[run] for run in found]
         return train_script(result, report, found, answer)
 
     return script

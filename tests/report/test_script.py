@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dpocheck.experiment import Body, Recipe, Row, Sequence, Table, Template, Tokenizer, TrainExperiment
+from dpocheck.experiment import Body, Objective, Recipe, Row, Sequence, Table, Template, Tokenizer, TrainExperiment
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
 from dpocheck.report.hook import ask
@@ -208,6 +208,26 @@ def test_a_literal_reads_back_equal(value):
     assert all(len(row) <= 75 for row in text.splitlines())
 
 
+# ------------------------------------------------------------------------------------------------------ command lines
+
+
+@pytest.mark.long
+def test_a_command_line_is_run_by_the_script_with_the_same_arguments(report, alone):
+    pytest.importorskip("trl", reason="the command line under test is TRL's")
+    toml = Path(__file__).parents[2] / "conformance" / "commands" / "trl.toml"
+    words = plain_words(64)
+    policy = Table(64, 0.0, ((0, 1, 1.0), (1, words.eos, 3.0), (2, words.eos, 3.0)))
+    reference = Table(64, 0.0, ((0, 2, 1.0), (1, words.eos, 3.0), (2, words.eos, 3.0)))
+    run = TrainExperiment(
+        policy, reference, words, (Row("a", " b", " c"),), Recipe(Objective(beta=0.1), learning_rate=2.0**14)
+    )
+    text = script_of(report, run, subject=str(toml))
+    assert "/tmp/dpocheck-" not in text  # nothing of the folder it was made in
+    # policy log-odds 1, reference −1, h = 2: the slope in the chosen logit is −β σ(−0.2) = −0.1 · 0.450166
+    shown = alone(text)
+    assert numbers(shown, "gradient of 'b' after 'a'") == pytest.approx((-0.0450166, -0.0450166), abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------ bare functions
 
 FUNCTIONS = Path(__file__).parent / "wrong_functions.py"
@@ -226,7 +246,7 @@ def shown_by(report, name, route, experiment, alone):
 
 
 def test_a_loss_is_called_with_the_numbers_and_shown_with_its_slopes(report, alone):
-    from dpocheck.experiment import LossExperiment, Objective
+    from dpocheck.experiment import LossExperiment
 
     numbers_ = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective(beta=0.5))
     shown = shown_by(report, "dpo_loss", "loss", numbers_, alone)
@@ -252,7 +272,7 @@ def test_log_probs_from_logits_and_from_a_model_are_shown_beside_those_due(repor
 
 @pytest.mark.long
 def test_a_step_is_shown_with_its_loss_and_gradient(report, alone):
-    from dpocheck.experiment import Objective, Pair, StepExperiment
+    from dpocheck.experiment import Pair, StepExperiment
 
     step = StepExperiment(
         Table(16), Table(16), (Pair((0,), (1, 14), (2, 14)),), Objective(beta=0.5), pad=15, eos=14

@@ -20,6 +20,9 @@ from trainer_tiny import llama, numbers, rows, save, state
 from reference_impl import TrainConfig, cli, train
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
 def dataset(file: Path, count: int = 12) -> str:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
     return str(file)
@@ -161,3 +164,9 @@ def test_public_names_are_the_documented_ones() -> None:
     assert reference_impl.train.__module__ == "reference_impl.training"
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = reference_impl.trian
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_example_is_a_config_that_is_accepted(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([str(example), "output_dir=out"], show_config=True) == 0
+    assert "output_dir: out" in capsys.readouterr().out

@@ -120,7 +120,10 @@ def loss(
     policy_chosen: torch.Tensor, policy_rejected: torch.Tensor, reference_chosen: torch.Tensor,
     reference_rejected: torch.Tensor, *, objective: Objective, lengths: Any = None,
 ) -> LossOut:  # fmt: skip
-    """Per-pair losses and implicit rewards; sources: `Objective`.  `lengths`: completion tokens of chosen and rejected, (pair,) each."""
+    """Per-pair losses and implicit rewards, by the sources that `Objective` names.
+
+    `lengths`: the completion tokens of chosen and of rejected, (pair,) each.
+    """
     kind, beta, smoothing = objective.kind, objective.beta, objective.label_smoothing
     check(objective, lengths)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = (

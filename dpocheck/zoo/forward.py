@@ -118,7 +118,7 @@ def policy_dropout_on(model, batch):
 # ------------------------------------------------------------------------------------------------------------- collate
 
 
-@specimen("pads-left-masks-right", part="collate", caught_by="GRAD-RAGGED", imitates="OpenRLHF/OpenRLHF@a32a7322")
+@specimen("pads-left-masks-right", part="collate", caught_by="RUN-GRADIENT", imitates="OpenRLHF/OpenRLHF@a32a7322")
 def pads_left_masks_right(examples, pad):
     """Rows are padded on the left and the completion mask is laid out for padding on the right."""
     batch = mini.collate(examples, pad)
@@ -131,7 +131,7 @@ def pads_left_masks_right(examples, pad):
     return replace(batch, input_ids=left(batch.input_ids), attention_mask=left(batch.attention_mask))
 
 
-@specimen("label-slice-too-short", part="collate", caught_by="LOGP-TOKENS", imitates="hiyouga/LLaMA-Factory@692b132d")
+@specimen("label-slice-too-short", part="collate", caught_by="RUN-GRADIENT", imitates="hiyouga/LLaMA-Factory@692b132d")
 def label_slice_too_short(examples, pad):
     """Labels are cut out as [prompt length : completion length]: the tail of the completion is never scored."""
     batch = mini.collate(examples, pad)
@@ -141,7 +141,7 @@ def label_slice_too_short(examples, pad):
     return replace(batch, completion_mask=scored)
 
 
-@specimen("interleaved-but-split-in-halves", part="collate", caught_by="GRAD-IDENTITY", imitates="NVIDIA-NeMo/RL#730")
+@specimen("interleaved-but-split-in-halves", part="collate", caught_by="RUN-GRADIENT", imitates="NVIDIA-NeMo/RL#730")
 def interleaved_but_split_in_halves(examples, pad):
     """Rows are laid out chosen, rejected, chosen, rejected; the loss takes the first half for chosen."""
     batch = mini.collate(examples, pad)
@@ -150,7 +150,7 @@ def interleaved_but_split_in_halves(examples, pad):
     return replace(batch, **parts)
 
 
-@specimen("rejected-cut-to-the-chosen-width", part="collate", caught_by="GRAD-RAGGED")
+@specimen("rejected-cut-to-the-chosen-width", part="collate", caught_by="RUN-GRADIENT")
 def rejected_cut_to_the_chosen_width(examples, pad):
     """The batch is as wide as its longest chosen row: longer rejected rows lose their end."""
     batch = mini.collate(examples, pad)

@@ -85,7 +85,7 @@ _optimizer(
 )
 
 
-@specimen("learning-rate-halved", part="update", caught_by="GRAD-IDENTITY")
+@specimen("learning-rate-halved", part="update", caught_by="RUN-GRADIENT")
 def learning_rate_halved(optimizer, recipe, clock, total):
     """The step is half of what the learning rate says, which is logged as asked."""
     return 2 * mini.update(optimizer, replace(recipe, learning_rate=recipe.learning_rate / 2), clock, total)

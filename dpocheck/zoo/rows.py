@@ -72,7 +72,7 @@ def scores_the_assistant_header(row, tokenizer):
 @specimen(
     "header-after-the-reply",
     part="render",
-    caught_by="ROWS-CHAT",
+    caught_by="ROWS-CHAT-EOS",
     imitates="Goekdeniz-Guelmez/mlx-lm-lora#77",
 )
 def header_after_the_reply(row, tokenizer):
@@ -95,7 +95,7 @@ def drops_the_system_message(row, tokenizer):
     return mini.render({**row, "prompt": [m for m in row["prompt"] if m["role"] != "system"]}, tokenizer)
 
 
-@specimen("keeps-only-the-last-turn", part="render", caught_by="ROWS-CHAT")
+@specimen("keeps-only-the-last-turn", part="render", caught_by="ROWS-CHAT-EOS")
 def keeps_only_the_last_turn(row, tokenizer):
     """Only the last message of the prompt is rendered: earlier turns are forgotten."""
     if _implicit(row) or isinstance(row["prompt"], str):

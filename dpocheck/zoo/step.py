@@ -251,7 +251,7 @@ def always_normalised(parameters, limit):
     return norm
 
 
-@specimen("clips-by-default", part="clip", caught_by="DEFAULTS-STEP")
+@specimen("clips-by-default", part="clip", caught_by="RUN-GRADIENT")
 def clips_by_default(parameters, limit):
     """The gradient is clipped to a norm of 1 where nobody asked for it."""
     return mini.clip(parameters, 1.0 if limit is None else limit)

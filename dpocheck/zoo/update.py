@@ -14,7 +14,7 @@ def _parameters(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-@specimen("ascends", part="update", caught_by="GRAD-IDENTITY", theory=PAPER.but(update=-1.0))
+@specimen("ascends", part="update", caught_by="RUN-GRADIENT", theory=PAPER.but(update=-1.0))
 def ascends(optimizer, recipe, clock, total):
     """The step goes up the gradient."""
     for parameter in _parameters(optimizer):

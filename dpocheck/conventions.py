@@ -15,7 +15,7 @@ import numpy as np
 
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL
-from dpocheck.experiment import Experiment, LossExperiment, Objective, Recipe, Row, Tokenizer, TrainExperiment
+from dpocheck.experiment import Experiment, LossExperiment, Objective, Recipe, Row, Tokenizer, TrainExperiment, key
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import CONVENTIONS, Theory
 from dpocheck.result import Result
@@ -153,11 +153,19 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def resolve(subject: Subject, predict: Predict) -> list[Result]:
-    """Ask every question that the subject can answer; set `subject.theory`; report what was found."""
+def resolve(subject: Subject, predict: Predict, *, remembered: bool = False) -> list[Result]:
+    """Ask every question that the subject can answer; set `subject.theory`; report what was found.
+
+    `remembered`: ask only what was seen already; for the others the documentation's word is taken.
+    """
     results = []
     for question in QUESTIONS:
         if question.capability not in subject.capabilities:
+            continue
+        if remembered and key(question.experiment(subject.theory)) not in subject.memory_keys():
+            promised = getattr(subject.says, question.says) if question.says else None
+            if promised in question.words:
+                subject.theory = subject.theory.but(**{question.field: promised})
             continue
         if (result := ask(question, subject, predict)) is not None:
             results.append(result)

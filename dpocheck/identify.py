@@ -8,9 +8,12 @@ direction; the residual tells whether the family is right at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from dpocheck.budget import is_costly
+from dpocheck.checks.gradient import SIX
 from dpocheck.checks.loss import ARGUMENTS, HALF
 from dpocheck.experiment import Objective
 from dpocheck.oracle.theory import PAPER, Theory
@@ -35,17 +38,13 @@ class Equation:
 def equation(subject: Subject) -> Equation:
     """Fit the loss of `subject` on experiments that the checks have already put to it."""
     asked = words(DUE, HALF.beta)
-    rows, logits = [], []
-    for experiment in ARGUMENTS:
-        seen = subject.observe(experiment)
-        losses = getattr(seen, "per_pair", None)
-        if losses is None:
-            return Equation(NOTHING_FITTED, asked)
-        for arguments, loss in zip(experiment.arguments().T, losses, strict=True):
-            if np.isfinite(loss) and loss > 0:
-                rows.append([*(HALF.beta * arguments), 1.0])
-                logits.append(-np.log(np.expm1(loss)))
-    if len(rows) < 10:
+    if is_costly(subject):
+        rows, logits = from_weights(subject)
+    else:
+        rows, logits = from_losses(subject)
+    if rows is None:
+        return Equation(NOTHING_FITTED, asked)
+    if len(rows) < 6:
         return Equation("not of the family -log sigma(...): its losses are not positive", asked)
     fitted, *_ = np.linalg.lstsq(np.array(rows), np.array(logits), rcond=None)
     residual = float(np.max(np.abs(np.array(rows) @ fitted - logits)))
@@ -55,6 +54,52 @@ def equation(subject: Subject) -> Equation:
     same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
     text = words(fitted, HALF.beta) + "\n" + tokens(subject.theory)
     return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
+
+
+Sample = tuple[list[list[float]] | None, list[float]]
+
+
+def from_losses(subject: Subject) -> Sample:
+    """The logits behind the losses of single pairs."""
+    rows, logits = [], []
+    for experiment in ARGUMENTS:
+        losses = getattr(subject.observe(experiment), "per_pair", None)
+        if losses is None:
+            return None, []
+        for arguments, loss in zip(experiment.arguments().T, losses, strict=True):
+            if np.isfinite(loss) and loss > 0:
+                rows.append([*(HALF.beta * arguments), 1.0])
+                logits.append(float(-np.log(np.expm1(loss))))
+    return rows, logits
+
+
+def from_weights(subject: Subject) -> Sample:
+    """The logits behind the weights of six pairs in one gradient: a weight is beta * sigma(-s) / pairs.
+
+    After the last token of a prompt of its own a pair's gradient is weight * (e_rejected - e_chosen).
+    """
+    seen = subject.observe(SIX)
+    gradient, pairs = getattr(seen, "gradient", None), SIX.pairs
+    if gradient is None:
+        return None, []
+    policy, reference = (_log_softmax(table.logits()) for table in (SIX.policy, SIX.reference))
+    rows, logits = [], []
+    for pair in pairs:
+        share = -gradient[pair.prompt[-1], pair.chosen[0]] * len(pairs) / HALF.beta
+        four = [_score(table, pair.prompt, y) for table in (policy, reference) for y in (pair.chosen, pair.rejected)]
+        if 0 < share < 1:
+            rows.append([*(HALF.beta * np.array(four)), 1.0])
+            logits.append(float(-np.log(share / (1 - share))))
+    return rows, logits
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    high = logits.max(axis=1, keepdims=True)
+    return logits - high - np.log(np.exp(logits - high).sum(axis=1, keepdims=True))
+
+
+def _score(table: np.ndarray, prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+    return float(sum(table[u, v] for u, v in pairwise((prompt[-1], *completion))))
 
 
 def words(coefficients: np.ndarray, beta: float) -> str:

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dpocheck import budget, conventions, diagnose, identify, smoke
 from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
-from dpocheck import conventions, diagnose, identify, smoke
 from dpocheck.check import CHAPTERS, CHECKS, STAGES, Check
 from dpocheck.experiment import Experiment, Objective
 from dpocheck.observation import Seen
@@ -75,16 +75,19 @@ def _audit(
         return Report(
             header=header(subject, options), results=(), smoke=trouble, seconds=time.perf_counter() - started
         )
-    results: list[Result] = []
-    if not options.only:
-        tell(Progress(0, len(selected), "conventions"))
-        results += conventions.resolve(subject, cached_predict)
-    elif subject.capabilities:
-        conventions.resolve(subject, cached_predict)
+    tell(Progress(0, len(selected), "conventions"))
+    sparing = budget.is_costly(subject) and options.tier == "quick"
+    asked = conventions.resolve(subject, cached_predict, remembered=sparing)
+    results: list[Result] = [] if options.only else asked
     session = Session(
         subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only, seed=options.seed,
         shrink=options.shrink,
     )  # fmt: skip
+    if sparing and not options.only:
+        session.chosen = budget.choose(subject, selected)
+        selected = [check for check in selected if check.id in session.chosen]
+        tell(Progress(0, len(selected), "runs"))
+        budget.prefetch(subject, (scene for scenes in session.chosen.values() for scene in scenes))
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,14 +54,19 @@ class Session:
         self.subject, self.predict, self.limit = subject, predict, limit
         self.tier, self.blocking = tier, blocking
         self.seed, self.shrink = seed, shrink
+        self.chosen: dict[str, tuple[Scene, ...]] | None = None  # check -> scenes, where only some are run
         self.failed: dict[str, str] = {}  # scene family -> the check that failed first
         self.seen: dict[str, list[tuple[Experiment, Seen]]] = {}  # check -> what was observed in its scenes
+
+    def scenes(self, check: Check) -> Sequence_[Scene]:
+        """The scenes to run: all of the check's, or those chosen for it."""
+        return check.staged(self.subject.theory) if self.chosen is None else self.chosen.get(check.id, ())
 
     def result(self, check: Check) -> Result:
         began = time.perf_counter()
         outcomes = [
             self.outcome(check, scene)
-            for scene in check.staged(self.subject.theory)
+            for scene in self.scenes(check)
             if self.tier == "full" or scene.tier == "quick"
         ]
         found, words = self.drawn(check, outcomes)

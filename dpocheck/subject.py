@@ -98,6 +98,10 @@ class Subject:
             self.asked[name] = experiment
         return self.memory[name]
 
+    def memory_keys(self) -> tuple[str, ...]:
+        """The keys of what is remembered already."""
+        return tuple(key(experiment) for experiment in self.asked.values())
+
     def witnesses(self) -> list[tuple[Experiment, Seen]]:
         """All that was seen of tables so far."""
         return [

@@ -1,0 +1,74 @@
+"""Which few runs show most, where a run takes seconds?  The quick tier of a command line.
+
+A command line starts a new process for every run, so its quick tier is a list of checks whose scenes share at most ten
+runs.  The full tier asks everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from dpocheck import derive
+from dpocheck.check import Check, Scene
+from dpocheck.experiment import Experiment, TrainExperiment, key
+from dpocheck.subject import Subject
+
+RUNS = 10
+AT_ONCE = 2  # runs side by side
+
+# In the order of what they show; each brings at most its first scenes, as many as the budget still allows.
+QUICK = (
+    "GRAD-IDENTITY", "STEP-NOTHING-HIDDEN", "RUN-GRADIENT", "GRAD-TOKENS", "GRAD-RAGGED", "GRAD-ATTENTION", "REF-START",
+    "METRIC-LOSS", "METRIC-REWARDS", "METRIC-MARGIN", "METRIC-ACCURACY", "METRIC-LOGPS", "OPTION-ACTS", "ACCUM-EVEN",
+    "STEP-TWO", "OPTIMUM-RECOVERED", "EVAL-BATCH", "LOSS-IPO", "ROWS-ROUND-TRIP", "DEFAULTS-STEP", "REF-PRECOMPUTED",
+)  # fmt: skip
+
+
+def is_costly(subject: Subject) -> bool:
+    return subject.transport.about.get("form") == "command line"
+
+
+def runs(subject: Subject, experiment: Experiment) -> tuple[TrainExperiment, ...]:
+    """The whole runs that an experiment needs from this subject; none where it cannot be shown."""
+    if subject.cannot(experiment):
+        return ()
+    if isinstance(experiment, TrainExperiment):
+        return (experiment,)
+    plan = derive.plan(experiment, subject.capabilities, subject.theory)
+    if isinstance(plan, str):
+        return ()
+    return tuple(run for coarse in plan.experiments for run in runs(subject, coarse))
+
+
+def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ...]]:
+    """Check -> the scenes that fit the budget, for the checks of the quick list."""
+    by_id = {check.id: check for check in selected}
+    spent: set[str] = set(subject.memory_keys())
+    start, chosen = len(spent), {}
+    for name in QUICK:
+        if name not in by_id:
+            continue
+        kept: list[Scene] = []
+        for scene in by_id[name].staged(subject.theory):
+            if scene.tier != "quick":
+                continue
+            needed = {key(run) for experiment in scene.experiments for run in runs(subject, experiment)} - spent
+            if not needed and any(subject.cannot(experiment) for experiment in scene.experiments):
+                continue
+            if len(spent) - start + len(needed) + 1 > RUNS:
+                break
+            spent |= needed
+            kept.append(scene)
+            if name != "ROWS-ROUND-TRIP":
+                break
+        if kept:
+            chosen[name] = tuple(kept)
+    return chosen
+
+
+def prefetch(subject: Subject, scenes: Iterable[Scene]) -> None:
+    """Make the runs of the scenes side by side; the checks then read them from memory."""
+    wanted = {key(run): run for scene in scenes for experiment in scene.experiments for run in runs(subject, experiment)}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(subject.observe, wanted.values()))

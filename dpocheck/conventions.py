@@ -80,7 +80,7 @@ def _copies(count: int) -> LossExperiment:
 
 def _reduced_by(subject: Subject) -> str | None:
     """Three copies of a pair give its own loss under a mean, three times as much under a sum."""
-    one, three = (getattr(subject.observe(_copies(count)), "reduced", None) for count in (1, 3))
+    one, three = (getattr(subject.observe(subject.own(_copies(count))), "reduced", None) for count in (1, 3))
     if not one or three is None:
         return None
     return {1.0: "mean", 3.0: "sum"}.get(round(three / one, 2))
@@ -173,7 +173,7 @@ def resolve(subject: Subject, predict: Predict, *, remembered: bool = False) -> 
 
 
 def ask(question: Question, subject: Subject, predict: Predict) -> Result | None:
-    experiment = question.experiment(subject.theory)
+    experiment = subject.own(question.experiment(subject.theory))
     seen = subject.observe(experiment)
     if seen.raised or seen.refused:
         return None

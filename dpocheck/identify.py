@@ -37,7 +37,8 @@ class Equation:
 
 def equation(subject: Subject) -> Equation:
     """Fit the loss of `subject` on experiments that the checks have already put to it."""
-    asked = words(DUE, HALF.beta)
+    beta = subject.own(ARGUMENTS[0]).objective.beta
+    asked = words(DUE, beta)
     if is_costly(subject):
         rows, logits = from_weights(subject)
     else:
@@ -52,7 +53,7 @@ def equation(subject: Subject) -> Equation:
         text = f"not of the form -log sigma(beta * linear): off by up to {residual:.2g} in the logit"
         return Equation(text, asked, residual, tuple(fitted))
     same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
-    text = words(fitted, HALF.beta) + "\n" + tokens(subject.theory)
+    text = words(fitted, beta) + "\n" + tokens(subject.theory)
     return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
 
 
@@ -62,13 +63,14 @@ Sample = tuple[list[list[float]] | None, list[float]]
 def from_losses(subject: Subject) -> Sample:
     """The logits behind the losses of single pairs."""
     rows, logits = [], []
-    for experiment in ARGUMENTS:
+    for asked in ARGUMENTS:
+        experiment = subject.own(asked)
         losses = getattr(subject.observe(experiment), "per_pair", None)
         if losses is None:
             return None, []
         for arguments, loss in zip(experiment.arguments().T, losses, strict=True):
             if np.isfinite(loss) and loss > 0:
-                rows.append([*(HALF.beta * arguments), 1.0])
+                rows.append([*(experiment.objective.beta * arguments), 1.0])
                 logits.append(float(-np.log(np.expm1(loss))))
     return rows, logits
 

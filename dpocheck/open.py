@@ -33,12 +33,10 @@ def open_subject(subject: Any, folder: Path, *, timeout: float = 120.0, memory: 
 
 
 def _adapted(subject: Any) -> Any:
-    from dpocheck.adapter import capabilities
+    from dpocheck.loading import is_adapter
 
-    if isinstance(subject, type):
-        subject = subject()
-    if capabilities(subject):
-        return subject
+    if is_adapter(subject):
+        return subject() if isinstance(subject, type) else subject
     from dpocheck.functions import as_adapter
 
     return as_adapter(subject, getattr(subject, "__name__", "a live object"))

@@ -106,6 +106,7 @@ class Session:
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
         """Observe one scene and judge it."""
+        scene = replace(scene, experiments=tuple(self.subject.own(experiment) for experiment in scene.experiments))
         for experiment in scene.experiments:
             if reason := self.subject.cannot(experiment):
                 return Outcome(Comparison("not-applicable", reason=reason), scene)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from dpocheck import fixed
 from dpocheck.checks import scenes
 from dpocheck.experiment import (
     LogpExperiment,
     LossExperiment,
-    Objective,
     Pair,
     StepExperiment,
     Table,
@@ -26,7 +26,7 @@ REFERENCE = Table(64, 0.0, ((1, 2, -0.375), (4, 5, 0.9375), (7, 10, 0.6875)))
 
 def experiments(subject: Subject) -> list:
     """One small experiment for each capability the subject has."""
-    objective = Objective(beta=0.5)
+    objective = fixed.plain(subject.only)
     row = TokenRow((0, 1, 2, 3, WORDS.eos), (1, 1, 1, 1, 1), (0, 0, 1, 1, 1))
     made = {
         "loss": LossExperiment((-3.5, -6.3), (-6.1, -5.9), (-4.2, -5.7), (-5.3, -6.6), objective),
@@ -53,7 +53,7 @@ def _trouble(experiment: object, seen: Seen) -> str | None:
         type(seen).__name__
     ]
     if seen.refused:
-        return f"{what}() refused plain DPO with beta 0.5: {seen.refused}"
+        return f"{what}() refused the plainest experiment, one batch at an ordinary beta: {seen.refused}"
     if seen.raised:
         tail = f"\n{seen.output}" if seen.output else ""
         return f"{what}() raised on a small ordinary experiment: {seen.raised}{tail}"

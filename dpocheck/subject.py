@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpocheck import derive, reading
+from dpocheck import derive, fixed, reading
 from dpocheck.adapter import Says
 from dpocheck.experiment import (
     Experiment,
@@ -69,6 +69,7 @@ class Subject:
         about = transport.about
         self.capabilities: tuple[str, ...] = tuple(about["capabilities"])
         self.says = about["says"] if isinstance(about["says"], Says) else _says(about["says"])
+        self.only: dict[str, Any] = dict(about.get("only") or {})  # options that the subject has hard-coded
         self.theory: Theory = PAPER  # with the conventions found so far
         self.precisions: dict[type, float] = {}
         self.memory: dict[str, Seen] = {}
@@ -109,6 +110,10 @@ class Subject:
             for name, experiment in self.asked.items()
             if not isinstance(experiment, TrainExperiment) or experiment.policy is not None
         ]
+
+    def own(self, experiment: Any) -> Any:
+        """The experiment at the beta that the subject has hard-coded, if it has."""
+        return fixed.own(experiment, self.only)
 
     def cannot(self, experiment: Experiment) -> str | None:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""

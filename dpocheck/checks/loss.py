@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpocheck.check import Case, Comparison, agree, check, close, equal, scene, worst
-from dpocheck.checks import draws
-from dpocheck.experiment import LossExperiment, Objective
-from dpocheck.oracle.theory import PAPER
+from dpocheck.check import Case, Comparison, agree, check, close, equal, logged, scene, worst
+from dpocheck.checks import draws, scenes
+from dpocheck.experiment import LossExperiment, Objective, Recipe
+from dpocheck.oracle.theory import PAPER, Theory
 
 EQ7 = "Rafailov et al. 2023, Eq. 7"
 HALF = Objective(beta=0.5)
@@ -140,7 +140,11 @@ def extreme(case: Case) -> Comparison:
 
 
 def _dtype(name: str) -> LossExperiment:
-    whole = LossExperiment((-3.0, -17.0, -9.0), (-11.0, -5.0, -9.0), (-6.0, -16.0, -2.0), (-7.0, -13.0, -30.0), HALF)
+    # thirteen bits before the rounding to the dtype: float32 holds them, and whoever casts to a smaller one loses some
+    whole = LossExperiment(
+        (-3.0185546875, -17.0283203125, -9.0087890625), (-11.0322265625, -5.0205078125, -9.0419921875),
+        (-6.0302734375, -16.0400390625, -2.0166015625), (-7.0126953125, -13.0478515625, -30.0361328125), HALF,
+    )  # fmt: skip
     return replace(whole, dtype=name)
 
 
@@ -217,14 +221,15 @@ STEP = 2.0**-6
 )  # fmt: skip
 def value_gradient(case: Case) -> Comparison:
     base = case.observed[0]
-    pairs, beta = len(ORDINARY.policy_chosen), HALF.beta
+    pairs, beta = len(ORDINARY.policy_chosen), case.experiments[0].objective.beta
+    step = case.experiments[1].policy_chosen[0] - case.experiments[0].policy_chosen[0]
     told = []
     for row, name in enumerate(("policy chosen", "policy rejected")):
         up, down = case.observed[1 + 2 * row].per_pair, case.observed[2 + 2 * row].per_pair
         noise = np.asarray(case.bound("per_pair", 1 + 2 * row)) + np.asarray(case.bound("per_pair", 2 + 2 * row))
         slope = base.slopes[row] * (1 if case.theory.reduction == "sum" else pairs)
-        limit = noise / (2 * STEP) + STEP**2 * beta**3 / (36 * np.sqrt(3)) + pairs * np.max(case.bound("slopes"))
-        told.append(close(slope, (up - down) / (2 * STEP), limit, label=lambda c, n=name: f"slope in the {n} log-prob, pair {c[0] + 1}"))
+        limit = noise / (2 * step) + step**2 * beta**3 / (36 * np.sqrt(3)) + pairs * np.max(case.bound("slopes"))
+        told.append(close(slope, (up - down) / (2 * step), limit, label=lambda c, n=name: f"slope in the {n} log-prob, pair {c[0] + 1}"))
     return worst(told)
 
 
@@ -353,3 +358,37 @@ _objective(
     "Meng et al. 2024 (arXiv:2405.14734), Eq. 6", "Rewards of SimPO computed with the reference.",
     covers=("LOSS-SIMPO-VALUE", "LOSS-SIMPO-REFIND"),
 )  # fmt: skip
+
+
+UNEQUAL = ((2, 5), (4, 3), (3, 3), (6, 2), (1, 4))
+
+
+def _sft(theory: Theory) -> list:
+    objective = Objective(beta=0.5, sft_weight=0.5)
+    recipe = Recipe(objective, learning_rate=scenes.ONE_STEP, batch=4)
+    return [
+        scene("five pairs of unequal lengths", replace(ORDINARY, objective=objective, lengths=UNEQUAL), family="sft"),
+        scene("four pairs, one step of a run", scenes.run(scenes.rectangular(4), theory, recipe), family="sft"),
+    ]
+
+
+@check(
+    "LOSS-SFT", chapter="loss", stage="loss", level="must", needs=set(), scenes=_sft,
+    claim="With an SFT term the loss grows by its weight times the mean negative log-likelihood of the chosen completion.",
+    source="Pang et al. 2024 (arXiv:2404.19733), Eq. 1; Xu et al. 2024 (arXiv:2401.08417), Eq. 5",
+    covers=("LOSS-VALUE", "STEP-LOSS"), why="A wrong sign unlearns the chosen completions while the log looks well.",
+    bug="TRL's rpo_alpha once weighed the preference term; fairseq2 added a sum over tokens.",
+    fix="Add weight * (-log pi(y_w) / |y_w|) to each pair's loss, or to the batch's.",
+)  # fmt: skip
+def sft(case: Case) -> Comparison:
+    experiment, seen = case.experiments[0], case.observed[0]
+    if isinstance(experiment, LossExperiment):
+        if seen.via == "derived":
+            return Comparison("not-applicable", reason="asked of a whole run instead")
+        paper = case.predicted().slopes
+        told = [values(case)]
+        if seen.slopes is not None:
+            limit = np.broadcast_to(np.asarray(case.bound("slopes")), paper.shape)[:2]
+            told.append(close(seen.slopes[:2], paper[:2], limit))
+        return worst(told)
+    return worst([agree(case, "gradient"), logged(case, "loss")])

@@ -19,7 +19,6 @@ from trainer_tiny import llama, numbers, rows, save, state
 
 from reference_impl import TrainConfig, cli, train
 
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -52,13 +52,44 @@ def describe(adapter: Any) -> dict[str, Any]:
         "capabilities": list(capabilities(adapter)),
         "says": asdict(says) if is_dataclass(says) else dict(says),
         "name": getattr(adapter, "name", type(adapter).__name__),
-        "version": getattr(adapter, "version", None),
+        "version": getattr(adapter, "version", None) or installed(getattr(adapter, "package", None)),
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
         "only": dict(getattr(adapter, "only", {})),
         "form": getattr(adapter, "form", "adapter"),
-        "lines": getattr(adapter, "lines", None),
+        "lines": getattr(adapter, "lines", None) or code_lines(type(adapter)),
         "standalone": callable(getattr(adapter, "standalone", None)),
     }
+
+
+def installed(package: str | None) -> str | None:
+    """The version of an installed package."""
+    if not package:
+        return None
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def code_lines(cls: type) -> int | None:
+    """The lines of code of an adapter's class: no blank lines, comments or docstrings."""
+    import ast
+    import inspect
+    import textwrap
+
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+        tree = ast.parse(source)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    quoted: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            quoted.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in quoted for n, line in lines)
 
 
 def observe(adapter: Any, experiment: Experiment, payload: dict[str, Any]) -> Reply:

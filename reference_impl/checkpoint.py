@@ -24,7 +24,7 @@ from reference_impl import randomness
 from reference_impl.config import ConfigError, TrainConfig
 from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers, whole_folder
 from reference_impl.metrics import from_line, to_line
-from reference_impl.models import Policy, is_peft
+from reference_impl.models import Policy, dtype_argument, is_peft
 from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
 
@@ -35,7 +35,7 @@ log = logging.getLogger("reference_impl")
 MAY_DIFFER = frozenset(
     [
         *("model", "reference", "tokenizer", "train", "eval", "output_dir", "device", "batch", "accumulation"),
-        *("logps", "reference_batch", "reference_cache", "eval_batch", "eval_every", "confidence"),
+        *("logps", "reference_batch", "reference_cache", "eval_batch", "eval_every", "eval_at_start", "confidence"),
         *("save_every", "keep_last", "resume", "print_every", "trackers", "gradient_checkpointing"),
     ]
 )
@@ -201,7 +201,7 @@ def load_policy(policy: Policy, folder: Path) -> None:
         peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
         return
     # Through the model's own loader: it undoes what save_pretrained did to names and shapes.
-    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+    saved = type(model).from_pretrained(folder, **dtype_argument(next(model.parameters()).dtype))
     model.load_state_dict(saved.state_dict())
 
 

@@ -127,7 +127,9 @@ class TrainConfig:
     eval_batch: int | None = None
     """Pairs in a forward pass; null: batch."""
     eval_every: int | None = None
-    """Optimizer steps; null: before the first and after the last step only."""
+    """Optimizer steps between evaluations; there is always one after the last step."""
+    eval_at_start: bool = True
+    """One more before the first step, to compare with."""
     confidence: float = 0.95
     """Coverage of the intervals of an evaluation."""
     save_every: int | None = None

@@ -103,13 +103,14 @@ def load_model(source: str, dtype: str, device: torch.device) -> nn.Module:
     """A causal LM from a folder or the hub, or a peft adapter with its base, with weights in the setting's dtype."""
     from transformers import AutoModelForCausalLM
 
+    weights = dtype_argument(WEIGHTS[dtype])
     try:
         if (Path(source) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(source, is_trainable=True, torch_dtype=WEIGHTS[dtype])
+            model = AutoPeftModelForCausalLM.from_pretrained(source, is_trainable=True, **weights)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=WEIGHTS[dtype])
+            model = AutoModelForCausalLM.from_pretrained(source, **weights)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"no causal language model can be loaded from {source!r}: {_first_line(error)}") from error
     except Exception as error:  # safetensors has an error class of its own, without a common base
@@ -117,6 +118,15 @@ def load_model(source: str, dtype: str, device: torch.device) -> nn.Module:
             raise
         raise ModelError(f"the weights in {source!r} are damaged: {_first_line(error)}") from error
     return model.to(device)
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword of from_pretrained for the weights' dtype; transformers 4.56 renamed it."""
+    import transformers
+    from packaging.version import Version
+
+    renamed = Version(transformers.__version__).release >= (4, 56)
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def check_model(model: nn.Module, tokenizer: Any, role: str) -> None:

@@ -103,7 +103,7 @@ def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult
         watcher.started(run, state.step)
 
     step, position, saved, began = state.step, state.position, state.step, time.perf_counter()
-    if step == 0:
+    if step == 0 and config.eval_at_start:
         _evaluate(run, 0, history)
     steps = windows(
         len(run.train.pairs),

@@ -321,6 +321,22 @@ def test_prompt_tuning_is_refused() -> None:
         run(peft.get_peft_model(llama(), config), pairs(4))
 
 
+def test_saved_adapter_is_continued_with_itself_as_the_reference(tmp_path: Path) -> None:
+    """A folder with an adapter as `model`: loaded with its base, trained on, and the first loss is log 2."""
+    base = save(tmp_path / "base")
+    common = {**BASE, "dtype": "fp32", "optimizer": "adamw", "learning_rate": 1e-2, "batch": 8}
+    first = train(
+        TrainConfig(**common, model=base, lora=LoraSettings(rank=2), output_dir=str(tmp_path / "1")),
+        train_rows=text_rows(8),
+    )
+    more = TrainConfig(**common, model=str(first.final), output_dir=str(tmp_path / "2"))
+    again = train(more, train_rows=text_rows(8))
+    assert again.history[0]["metrics"]["loss"] == pytest.approx(math.log(2), abs=2**-24)
+    start, end = (r.history[i]["metrics"]["logps/chosen"] for r, i in ((again, 0), (first, 5)))
+    assert abs(start - end) < abs(start - first.history[0]["metrics"]["logps/chosen"])  # it went on from there
+    assert (again.final / "adapter_model.safetensors").is_file()
+
+
 def test_iterative_run_takes_the_previous_runs_result_as_reference(tmp_path: Path) -> None:
     """Round 2: policy and reference are both what round 1 saved; the first loss is log 2 again."""
     start = save(tmp_path / "start")

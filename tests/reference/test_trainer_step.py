@@ -219,6 +219,11 @@ def test_evaluation_rows_come_before_between_and_after_the_steps() -> None:
     assert history[-1]["split"] == "summary"
 
 
+def test_evaluation_at_the_start_can_be_left_out() -> None:
+    history = run(llama(), pairs(4), eval_rows={"a": pairs(3)}, steps=2, eval_at_start=False).history
+    assert [r["step"] for r in history if r["split"] == "a"] == [2]
+
+
 @pytest.mark.parametrize(
     ("model", "names"),
     [

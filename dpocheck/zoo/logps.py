@@ -169,7 +169,7 @@ def unshifted(logits, batch):
 )
 def shifted_twice(logits, batch):
     """Logits and labels are shifted once by the data and once more by the loss: the token after the next is scored."""
-    return mini.logps(torch.cat([logits[:, :1], logits[:, :-1]], dim=1), batch)
+    return mini.logps(logits.roll(1, 1), _counted(batch, batch.completion_mask * (torch.arange(logits.shape[1]) > 1)))
 
 
 @specimen("shifts-the-mask-in-place", part="logps", caught_by="REF-START", at=STEPS)

@@ -213,7 +213,7 @@ _logits(
 @specimen(
     "broadcast-over-pairs",
     part="loss",
-    caught_by="LOSS-PAIRS-INDEPENDENT",
+    caught_by="LOSS-VALUE",
     theory=PAPER.but(margins="broadcast"),
     at=LOSSES,
 )

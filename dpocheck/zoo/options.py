@@ -91,7 +91,7 @@ def learning_rate_halved(optimizer, recipe, clock, total):
     return 2 * mini.update(optimizer, replace(recipe, learning_rate=recipe.learning_rate / 2), clock, total)
 
 
-@specimen("accumulation-ignored", part="order", caught_by="OPTION-ACTS")
+@specimen("accumulation-ignored", part="order", caught_by="ACCUM-EVEN")
 def accumulation_ignored(rows, recipe, epoch):
     """Accumulation is accepted, and every micro-batch is a step of its own."""
     return mini.order(rows, replace(recipe, accumulation=1), epoch)

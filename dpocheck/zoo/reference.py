@@ -259,7 +259,7 @@ def adapter_stays_on(trainer, policy, given, recipe, examples, folder):
     return mini.reference(trainer, policy, given, recipe, examples, folder)
 
 
-@specimen("adapter-training-moves-the-base", part="reference", caught_by="LORA-REFERENCE")
+@specimen("adapter-training-moves-the-base", part="reference", caught_by="LORA-BASE")
 def adapter_training_moves_the_base(trainer, policy, given, recipe, examples, folder):
     """The base weights under an adapter stay trainable: the reference, which is the base, moves along."""
     if hasattr(policy, "disable_adapter"):

@@ -20,7 +20,13 @@ def _implicit(row):
     return row.get("prompt") is None
 
 
-@specimen("wraps-around-at-a-space", part="render", caught_by="ROWS-ROUND-TRIP", imitates="huggingface/trl#6079")
+@specimen(
+    "wraps-around-at-a-space",
+    part="render",
+    caught_by="ROWS-ROUND-TRIP",
+    theory=PAPER.but(prefix="loses-shared"),
+    imitates="huggingface/trl#6079",
+)
 def wraps_around_at_a_space(row, tokenizer):
     """Without a shared start, an index of -1 makes the prompt out of one completion and cuts the other to its end."""
     chosen, rejected = row["chosen"], row["rejected"]
@@ -40,7 +46,6 @@ def wraps_around_at_a_space(row, tokenizer):
     "drops-a-shared-item",
     part="render",
     caught_by="ROWS-ROUND-TRIP",
-    theory=PAPER.but(prefix="loses-shared"),
     imitates="huggingface/trl#6703",
 )
 def drops_a_shared_item(row, tokenizer):

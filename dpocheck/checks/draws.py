@@ -137,12 +137,12 @@ def among_others(ask: Ask) -> Any:
 # --------------------------------------------------------------------------------------------------- steps and runs
 
 
-def steps(*, rectangular: bool = False, body: str = "silent") -> Draw:
+def steps(counts: tuple[int, ...] = (1, 2, 3, 5, 6), *, rectangular: bool = False, body: str = "silent") -> Draw:
     def made(ask: Ask) -> Any:
         from dpocheck import strategies
 
         return strategies.step_experiments(
-            rectangular=rectangular, body=body, own_masks=ask.native and not rectangular
+            counts=counts, rectangular=rectangular, body=body, own_masks=ask.native and not rectangular
         ).map(_alone)
 
     return made

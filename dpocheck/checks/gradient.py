@@ -75,7 +75,7 @@ def tokens(case: Case) -> Comparison:
 
 @check(
     "GRAD-RAGGED", chapter="gradient", stage="gradient", level="must", needs={"step.gradient"},
-    draw=draws.steps(),
+    draw=draws.steps((2, 3, 5, 6)),
     scenes=[
         scene("five pairs of unequal lengths", RAGGED, family="ragged"),
         scene("five pairs of unequal lengths, padded on the left", replace(RAGGED, padding="left"), family="left pad"),

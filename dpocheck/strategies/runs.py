@@ -98,8 +98,7 @@ def letter_rows(draw: st.DrawFn) -> TrainExperiment:
 def chat_free_rows(draw: st.DrawFn, *, limit: bool = False) -> TrainExperiment:
     """Prompt, chosen and rejected as words, of one to five words each.
 
-    `limit`: `max_length` cuts at least one completion and leaves each at least one token of every completion, whichever
-    side is kept.
+    `limit`: `max_length` cuts at least one row and leaves something of every completion, whichever side is kept.
     """
     prompt, chosen, rejected = draw(choose(3, 1, 2)), draw(choose(4, 3, 5)), draw(choose(5, 2, 3, 4))
     words = iter(WORDS.words)

@@ -167,15 +167,26 @@ def agree(case: Case, name: str, index: int = 0) -> Comparison:
 
 def logged(case: Case, name: str, *, split: str = "train", index: int = 0) -> Comparison:
     """The values of one logged metric, step by step, agree with their definition."""
-    seen = entries(case.observed[index].history, split, name)
-    paper = entries(case.predicted(index).history, split, name)
-    if not seen or not paper:
-        return Comparison("not-applicable", reason=f"{name} of {split} is not logged")
-    if len(seen) != len(paper):
-        where = f"{name} of {split}"
-        return Comparison("unknown", reason=f"{len(seen)} entries of {where} are logged, {len(paper)} are expected")
+    where = f"{name} of {split}"
+    paper = _by_step(case.predicted(index).history, split, name)
+    logged_at = _by_step(case.observed[index].history, split, name)
+    if not logged_at or not paper:
+        return Comparison("not-applicable", reason=f"{where} is not logged")
+    if missing := sorted(set(paper) - set(logged_at)):
+        return Comparison("unknown", reason=f"{where} is not logged at step {missing[0]}")
+    steps = sorted(paper)
+    seen, due = [logged_at[step] for step in steps], [paper[step] for step in steps]
     limit = case.bound(f"history.{split}.{name}", index)
-    return close(seen, paper, limit, label=lambda at: f"{name} of {split}, entry {at[0] + 1}")
+    return close(seen, due, limit, label=lambda at: f"{where}, step {steps[at[0]]}")
+
+
+def _by_step(history: Any, split: str, name: str) -> dict[int, float]:
+    """step -> the metric's value in that split."""
+    return {
+        entry["step"]: entry["metrics"][name]
+        for entry in history or ()
+        if entry["split"] == split and name in entry["metrics"]
+    }
 
 
 def equal(case: Case, name: str, first: int = 0, second: int = 1) -> Comparison:

@@ -15,7 +15,19 @@ import numpy as np
 
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL
-from dpocheck.experiment import Experiment, LossExperiment, Objective, Recipe, Row, Tokenizer, TrainExperiment, key
+from dpocheck.experiment import (
+    Body,
+    Experiment,
+    LossExperiment,
+    Message,
+    Objective,
+    Recipe,
+    Row,
+    Template,
+    Tokenizer,
+    TrainExperiment,
+    key,
+)
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import CONVENTIONS, Theory
 from dpocheck.result import Result
@@ -55,6 +67,14 @@ def _boundary(theory: Theory) -> Experiment:
     ]
     recipe = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=1)
     return TrainExperiment(table[0], table[1], letters, (Row("abx", "yc", "za"),), recipe)
+
+
+def _chat(theory: Theory) -> Experiment:
+    template = Template(user=(" k ", ""), assistant=(" l ", " m"), generation_prompt=" l ")
+    row = Row((Message("user", "a b"),), (Message("assistant", "c d"),), (Message("assistant", "e f"),))
+    run = scenes.run(scenes.rectangular(2), theory, body=Body("glass"))
+    return replace(run, rows=(row,), tokenizer=replace(scenes.WORDS, template=template),
+                   recipe=replace(run.recipe, batch=1))  # fmt: skip
 
 
 def _ipo(theory: Theory) -> Experiment:
@@ -106,6 +126,16 @@ def _tail(theory: Theory) -> Experiment:
     return scenes.run(scenes.rectangular(5), theory, recipe)
 
 
+def _sft(theory: Theory) -> Experiment:
+    recipe = Recipe(Objective(beta=0.5, sft_weight=1.0), learning_rate=scenes.ONE_STEP, batch=4)
+    return scenes.run(scenes.ragged()[:4], theory, recipe)
+
+
+def _warm_up(theory: Theory) -> Experiment:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, batch=4, steps=3, warmup_steps=2)
+    return scenes.run(scenes.rectangular(4), theory, recipe)
+
+
 def _window(theory: Theory) -> Experiment:
     recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, batch=2, accumulation=2, steps=None, epochs=1)
     return scenes.run(scenes.rectangular(6), theory, recipe)
@@ -118,12 +148,19 @@ QUESTIONS = (
     Question("CONV-BOUNDARY", "boundary", "rows", "tokens", _boundary, ("gradient",), {
         "joint": "prompt and completion are tokenized as one text", "apart": "prompt and completion are tokenized apart",
     }),
+    Question("CONV-CHAT-EOS", "template_eos", "rows", "tokens", _chat, ("attended",), {
+        "once": "chat rows end as their template ends them", "ensured": "EOS is added where the chat template has none",
+    }),
     Question("CONV-IPO", "ipo_length", "loss", "loss", _ipo, ("gradient",), {
         "sum": "IPO uses summed log-probs, as its paper", "mean": "IPO uses log-probs per token",
     }, says="ipo"),
     Question("CONV-IPO-LOSS", "ipo_length", "loss", "loss", _ipo_loss, ("per_pair", "reduced"), {
         "sum": "IPO uses summed log-probs, as its paper", "mean": "IPO uses log-probs per token",
     }, "loss", says="ipo"),
+    Question("CONV-SFT", "sft_mean", "loss", "loss", _sft, ("gradient",), {
+        "pair": "the SFT term is the mean over pairs of each chosen completion's mean over tokens",
+        "tokens": "the SFT term is the mean over all chosen tokens of the batch",
+    }),
     Question("CONV-REDUCTION", "reduction", "loss", "loss", _reduction, ("reduced",), {
         "mean": "the loss is the mean over the pairs", "sum": "the loss is the sum over the pairs",
     }, "loss", says="reduction", decide=_reduced_by),
@@ -143,6 +180,10 @@ QUESTIONS = (
     Question("CONV-UNEVEN-METRICS", "uneven_metrics", "metrics", "metrics", _uneven, ("loss", "rewards/chosen"), {
         "pairs": "metrics of an uneven window are means over pairs",
         "micro-batches": "metrics of an uneven window are means of the micro-batches' means",
+    }),
+    Question("CONV-WARM-UP", "first_rate", "step", "run", _warm_up, ("logits",), {
+        "full": "warm-up starts at the rate over the number of its steps", "zero": "warm-up starts at a rate of zero",
+        "shifted": "step k of w warm-up steps has (k + 1) / (w + 1) of the rate",
     }),
     Question("CONV-LAST-BATCH", "last_batch", "runs", "run", _tail, ("logits",), {
         "kept": "the last, short batch of an epoch is used", "dropped": "the last, short batch of an epoch is dropped",

@@ -118,6 +118,8 @@ def _logps(experiment: LogpExperiment, theory: Theory) -> Plan | str:
         ):
             return "a whole run builds its own masks; this experiment asks for one of its own"
         ids = row.ids[:real]
+        if real - start == 1:
+            return "a whole run may drop a row whose completion is empty but for EOS"
         if ids[-1] != tokenizer.eos or tokenizer.eos in ids[:-1] or max(ids[:-1]) >= len(tokenizer.words):
             return "a whole run ends completions with EOS and has no other special tokens"
         other = next(token for token in range(size) if token not in ids)

@@ -9,5 +9,7 @@ CHAPTERS = (
     "defaults",
 )  # fmt: skip
 
-for chapter in CHAPTERS:
-    importlib.import_module(f"dpocheck.checks.{chapter}")
+FILES = (*CHAPTERS, "optimizer", "agreement")  # the last two belong to the chapter `step`
+
+for file in FILES:
+    importlib.import_module(f"dpocheck.checks.{file}")

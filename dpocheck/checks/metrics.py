@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from dpocheck.check import Case, Comparison, check, logged, scene, worst
 from dpocheck.checks import draws, scenes
 from dpocheck.derive import STILL
 from dpocheck.experiment import Objective, Recipe
 from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.reading import entries
 
 REWARD = "Rafailov et al. 2023, section 4: r(x, y) = beta * log(pi_theta(y|x) / pi_ref(y|x)), up to a prompt's constant"
 
@@ -16,7 +19,17 @@ REWARD = "Rafailov et al. 2023, section 4: r(x, y) = beta * log(pi_theta(y|x) / 
 def _batches(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=3, steps=2)
-    return [scene("six pairs in two batches", scenes.run(pairs, theory, recipe), family="metrics")]
+    # Four times the logits, and a start in the list of numbers from which every rival logs another number: rewards
+    # beyond 5, and accuracies that differ between micro-batches, between rewards and log-probs, and from 1/2.
+    wide = {"policy": scenes.table(pairs, 1, scale=4.0), "reference": scenes.table(pairs, 5, scale=4.0)}
+    split = scenes.run(pairs, theory, replace(recipe, batch=2, accumulation=3, steps=1), **wide)
+    return [
+        scene("six pairs in two batches", scenes.run(pairs, theory, recipe), family="metrics"),
+        scene("six pairs as three micro-batches of one step, rewards beyond 5", split, family="metrics"),
+    ]
+
+
+WINDOW = (PAPER.but(window_metrics="last"), PAPER.but(window_metrics="sum"))
 
 
 def _metric(id: str, names: tuple[str, ...], claim: str, bug: str, rivals: tuple[Theory, ...]) -> None:
@@ -28,27 +41,44 @@ def _metric(id: str, names: tuple[str, ...], claim: str, bug: str, rivals: tuple
         fix="Log the mean over the pairs of the quantity as it is defined, from the numbers that the loss was made of.",
     )  # fmt: skip
     def judge(case: Case) -> Comparison:
-        return worst([logged(case, name) for name in names])
+        return worst([logged(case, name) for name in names] + [_power(case, names)])
+
+
+def _power(case: Case, names: tuple[str, ...]) -> Comparison:
+    """On micro-batches every rival must log another number in one of the metrics, or a pass would prove nothing."""
+    if case.experiments[0].recipe.accumulation > 1:
+        for wrong in case.rivals:
+            if not any(_apart(case, name, wrong) for name in names):
+                return Comparison("unknown", reason=f"this input cannot tell {wrong.differs()} apart")
+    return Comparison("not-applicable")
+
+
+def _apart(case: Case, name: str, wrong: Theory) -> bool:
+    paper = entries(case.predicted().history, "train", name)
+    rival = entries(case.rival(**wrong.differs()).history, "train", name)
+    limit = 4 * np.asarray(case.bound(f"history.train.{name}"))
+    return bool(np.any(np.abs(np.subtract(rival, paper)) > limit))
 
 
 _metric(
     "METRIC-LOSS", ("loss",), "The logged loss is the mean over the step's pairs.",
-    "Transformers 4.46 made several trainers log the loss times the accumulation steps.", (),
+    "Transformers 4.46 made several trainers log the loss times the accumulation steps.",
+    (PAPER.but(loss_logged="last"), PAPER.but(loss_logged="sum"), PAPER.but(loss_logged="divided-twice")),
 )  # fmt: skip
 _metric(
     "METRIC-REWARDS", ("rewards/chosen", "rewards/rejected"),
     "Logged rewards are beta times the log-ratio of policy and reference, averaged over the pairs.",
     "TRL 0.20 to 0.28 logged the reward once per loss: twice the reward with two losses.",
-    (PAPER.but(rewards="swapped"), PAPER.but(reward_scale="squared")),
+    (PAPER.but(rewards="swapped"), PAPER.but(rewards="clipped"), *WINDOW),
 )  # fmt: skip
 _metric(
     "METRIC-MARGIN", ("rewards/margins",), "The logged margin is the chosen reward minus the rejected one.",
-    "A margin taken from the policy's log-probs alone ignores the reference.", (PAPER.but(margin="policy"),),
+    "A margin taken from the policy's log-probs alone ignores the reference.", (PAPER.but(margin="policy"), PAPER.but(margin="absolute"), *WINDOW),
 )  # fmt: skip
 _metric(
     "METRIC-ACCURACY", ("rewards/accuracies",), "The logged accuracy is the share of pairs with a positive margin.",
     "Accuracy from log-probs instead of rewards looks the same until the reference matters.",
-    (PAPER.but(accuracy="logps"), PAPER.but(accuracy="less")),
+    (PAPER.but(accuracy="logps"), PAPER.but(accuracy="less"), PAPER.but(accuracy="positive"), *WINDOW),
 )  # fmt: skip
 _metric(
     "METRIC-LOGPS", ("logps/chosen", "logps/rejected"),
@@ -83,5 +113,25 @@ def _evaluation(theory: Theory) -> list:
     fix="Sum over pairs and divide by their number, once.",
 )  # fmt: skip
 def eval_batch(case: Case) -> Comparison:
-    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
-    return worst([logged(case, name, split="held") for name in names])
+    return worst([logged(case, name, split="held") for name in NAMES])
+
+
+NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
+
+
+def _held_out(theory: Theory) -> list:
+    run, held = _evaluation(theory)[0].experiments[0], scenes.run(scenes.rectangular(8), theory).rows
+    return [scene("eight held-out pairs in two batches of four", replace(
+        run, evaluation=(("held", held),), recipe=replace(run.recipe, eval_batch=4)), family="evaluation")]  # fmt: skip
+
+
+@check(
+    "EVAL-VALUE", chapter="metrics", stage="metrics", level="must", needs={"train.history.rewards/margins"},
+    scenes=_held_out, rivals=(PAPER.but(reference="policy-live"),),
+    claim="Evaluation loss, rewards and log-probs are those of the policy against the reference of the training.",
+    source=REWARD, covers=("MET-VALUE",), why="Checkpoints are chosen by these numbers.",
+    bug="TRL evaluated with the policy as its own reference in one release: eval_loss stood at log 2.",
+    fix="Evaluate with the function that trains, without the backward.",
+)  # fmt: skip
+def eval_value(case: Case) -> Comparison:
+    return worst([logged(case, name, split="held") for name in NAMES])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dpocheck.check import Case, Comparison, agree, check, close, logged, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL
-from dpocheck.experiment import Body, Objective, Recipe, Sequence
+from dpocheck.experiment import Body, Objective, Pair, Recipe, Sequence, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
 
 FROZEN = "Rafailov et al. 2023, section 4: pi_ref is fixed during training"
@@ -38,12 +38,18 @@ def start(case: Case) -> Comparison:
 def _given(theory: Theory) -> list:
     pairs = scenes.rectangular(2)
     run = scenes.run(pairs, theory, reference=None, edited=scenes.table(pairs, 3))
-    return [scene("two pairs, policy changed in memory after it was loaded, no reference handed over", run, family="reference absent")]
+    twice = scenes.run(
+        pairs, theory, Recipe(Objective(beta=0.5), learning_rate=8.0, batch=2, steps=2), reference=None
+    )
+    return [
+        scene("two pairs, policy changed in memory after it was loaded, no reference handed over", run, family="reference absent"),
+        scene("two steps on two pairs, no reference handed over", twice, family="reference absent"),
+    ]
 
 
 @check(
-    "REF-IS-POLICY-GIVEN", chapter="reference", stage="reference", level="must", needs={"train.gradient"},
-    scenes=_given, rivals=(PAPER.but(reference="disk"),),
+    "REF-IS-POLICY-GIVEN", chapter="reference", stage="reference", level="must", needs={"train.logits"},
+    scenes=_given, rivals=(PAPER.but(reference="policy-live"),),
     claim="Where no reference is handed over, the reference is the policy as it was passed to the trainer.",
     source=FROZEN, covers=("REF-ADAPTER", "INIT-GRAD"),
     why="A model that was merged, averaged, resized or fine-tuned in memory gets another reference than the user "
@@ -52,7 +58,9 @@ def _given(theory: Theory) -> list:
     fix="Copy the policy before training, or pass the reference explicitly.",
 )  # fmt: skip
 def given(case: Case) -> Comparison:
-    return worst([logged(case, "loss"), agree(case, "gradient")])
+    if case.experiments[0].recipe.steps == 2:  # the first step of a reference that moves along is right
+        return worst([logged(case, "loss"), agree(case, "logits")])
+    return worst([logged(case, "loss"), agree(replace(case, rivals=(PAPER.but(reference="disk"),)), "gradient")])
 
 
 def _two_steps(theory: Theory) -> list:
@@ -117,16 +125,46 @@ def no_dropout(case: Case) -> Comparison:
     return Comparison("pass", error=0.0, bound=0.0)
 
 
+@check(
+    "POLICY-NO-DROPOUT", chapter="reference", stage="reference", level="should", needs={"train.spies.policy"},
+    scenes=_dropout, claim="No dropout is drawn in the policy, attention dropout included.",
+    source="Rafailov et al. 2023, Eq. 7 is of pi_theta itself; its log-ratio to the reference starts at 0",
+    covers=("DROP-POLICY",), why="With dropout in the policy alone the loss does not start at log 2, and no step repeats.",
+    bug="HALOs kept the policy's dropout on beside a reference without.",
+    fix="Set the policy's dropout rates to 0, the attention's in its configuration too.",
+)  # fmt: skip
+def policy_no_dropout(case: Case) -> Comparison:
+    spy = case.observed[0].spies["policy"]
+    if spy["drawn"]:
+        return Comparison(
+            "fail", observed=f"random numbers drawn in {spy['drawn']} of {spy['forwards']} forwards", expected="none"
+        )
+    return Comparison("pass", error=0.0, bound=0.0)
+
+
 def _precomputed(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
     recipe = Recipe(
         Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=2, accumulation=3, precompute_reference=True
     )
-    return [scene("six pairs in three micro-batches, reference precomputed", scenes.run(pairs, theory, recipe))]
+    return [
+        scene("six pairs in three micro-batches, reference precomputed", scenes.run(pairs, theory, recipe)),
+        scene("three steps on one pair each, one prompt, reference precomputed from the policy", _own_cache(theory),
+              family="reference absent"),
+    ]  # fmt: skip
+
+
+def _own_cache(theory: Theory) -> TrainExperiment:
+    """Pairs that share their prompt and completions: a step on one moves the others' log-probs."""
+    eos = scenes.WORDS.eos
+    first, second, third = ((token, token + 1, eos) for token in (2, 4, 6))
+    pairs = tuple(Pair((0, 1), *both) for both in ((first, second), (second, third), (third, first)))
+    recipe = Recipe(Objective(beta=0.5), learning_rate=4.0, batch=1, steps=3, precompute_reference=True)
+    return scenes.run(pairs, theory, recipe, reference=None)
 
 
 @check(
-    "REF-PRECOMPUTED", chapter="reference", stage="reference", level="must", needs={"train.gradient"},
+    "REF-PRECOMPUTED", chapter="reference", stage="reference", level="must", needs={"train.logits"},
     scenes=_precomputed, rivals=(PAPER.but(reference="rolled"), PAPER.but(reference="policy-live")),
     claim="Reference log-probs computed once and kept equal those computed online.", source=FROZEN,
     covers=("REF-CACHE-EQ", "REF-CACHE-ALIGN"), why="A cache out of step gives each pair another pair's reference.",
@@ -134,6 +172,8 @@ def _precomputed(theory: Theory) -> list:
     fix="Key the cache by row, not by position in the batch.",
 )  # fmt: skip
 def precomputed(case: Case) -> Comparison:
+    if case.experiments[0].reference is None:
+        return agree(replace(case, rivals=(PAPER.but(reference="policy-live"),)), "logits")
     return agree(case, "gradient")
 
 

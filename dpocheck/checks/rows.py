@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dpocheck.check import Case, Comparison, agree, check, scene, worst
+from dpocheck.check import Case, Comparison, agree, check, logged, scene, worst
 from dpocheck.checks import draws, scenes
 from dpocheck.experiment import Body, Message, Objective, Recipe, Row, Template, Tokenizer, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
@@ -51,7 +51,10 @@ def tokens_agree(case: Case) -> Comparison:
     fix="Take the longest common prefix; where there is none the prompt is empty.",
 )  # fmt: skip
 def round_trip(case: Case) -> Comparison:
-    return tokens_agree(case)
+    """Before an empty prompt a trainer may put BOS, so that the first token can be scored, or leave that token out."""
+    started = replace(case, theory=case.theory.but(bos="added"))
+    told = [tokens_agree(one) for one in (case, started)]
+    return next((one for one in told if one.verdict == "pass"), told[0])
 
 
 @check(
@@ -97,26 +100,35 @@ def eos(case: Case) -> Comparison:
     return agree(case, "attended")
 
 
-HEADERS = Template(user=(" k ", ""), assistant=(" l ", " m"), generation_prompt=" l ")
+HEADERS = Template(user=(" k ", ""), assistant=(" l ", " m"), system=(" n ", ""), generation_prompt=" l ")
 ENDING = replace(HEADERS, assistant=(" l ", " "), eos=True)
+OPENING = replace(HEADERS, system=("<s> n ", ""))  # the template writes BOS itself, as Llama's does
 
 
-def _chat(template: Template) -> TrainExperiment:
-    asked = (Message("user", "a b"), Message("assistant", "g h"), Message("user", "i"))
+def _chat(template: Template, *, adds_bos: bool = False) -> TrainExperiment:
+    """A system message and three turns, then two replies."""
+    asked = (Message("system", "o p"), Message("user", "a b"), Message("assistant", "g h"), Message("user", "i"))
     row = Row(asked, (Message("assistant", "c d"),), (Message("assistant", "e f"),))
-    return words(row, tokenizer=replace(scenes.WORDS, template=template))
+    return words(row, tokenizer=replace(scenes.WORDS, template=template, adds_bos=adds_bos))
+
+
+def clock(run: TrainExperiment) -> TrainExperiment:
+    """The same through a clock table: what each scored token attended to shows every token before it, and where."""
+    return replace(run, body=Body("clock"))
 
 
 @check(
-    "ROWS-CHAT", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, source=ROW + "; the chat template",
-    scenes=[scene("three turns, then two replies", _chat(HEADERS), family="chat")],
+    "ROWS-CHAT", chapter="rows", stage="tokens", level="must", needs={"train.attended"}, source=ROW + "; the chat template",
+    scenes=[scene("a system message and three turns, then two replies", clock(_chat(HEADERS)), family="chat")],
     claim="A chat row is rendered by the template with its generation prompt, and the last reply alone is scored.",
     covers=("RUN-TOK-BOUNDARY",), why="Headers that are scored, or missing, shift what the model learns to say.",
     bug="mlx-lm-lora put another assistant header after each response.",
     fix="Render the prompt with the generation prompt, the whole chat without, and score the difference.",
 )  # fmt: skip
 def chat(case: Case) -> Comparison:
-    return tokens_agree(case)
+    # A header scored in both completions cancels in the gradient; it shows in the log-probs.
+    told = [agree(case, "gradient"), agree(case, "attended")]
+    return worst(told + [logged(case, f"logps/{side}") for side in ("chosen", "rejected")])
 
 
 @check(
@@ -152,9 +164,9 @@ def boundary(case: Case) -> Comparison:
 
 
 def _truncation(theory: Theory) -> list:
-    row = Row("a b c", " d e f g", " h i j k l")
+    row = Row("a b c", " d e f", " h i j")  # of one length: sides may be cut each by its own excess
     return [
-        scene(f"completions beyond the limit, {side}", words(row, max_length=6, truncation=side), family=f"truncation {side}")
+        scene(f"completions beyond the limit, {side}", glass(words(row, max_length=5, truncation=side)), family=f"truncation {side}")
         for side in ("keep_start", "keep_end")
     ]
 
@@ -168,7 +180,7 @@ def _truncation(theory: Theory) -> list:
     bug="OpenRLHF overwrites the last token that fits by EOS.", fix="Cut ids and masks together, once.",
 )  # fmt: skip
 def truncation(case: Case) -> Comparison:
-    return tokens_agree(case)
+    return worst([agree(case, "attended"), agree(replace(case, rivals=()), "gradient")])
 
 
 def _long_prompt(theory: Theory) -> list:
@@ -210,16 +222,21 @@ def _finite(values: object) -> bool:
 
 def _bos(theory: Theory) -> list:
     tokenizer = replace(scenes.WORDS, adds_bos=True)
-    run = replace(words(Row("a b", " c d", " e f"), tokenizer=tokenizer), body=Body("clock"))
-    return [scene("a tokenizer that puts BOS before every text", run, family="bos")]
+    run = clock(words(Row("a b", " c d", " e f"), tokenizer=tokenizer))
+    return [
+        scene("a tokenizer that puts BOS before every text", run, family="bos"),
+        scene("and a chat whose template writes BOS itself", clock(_chat(OPENING, adds_bos=True)), family="bos chat"),
+    ]
 
 
 @check(
-    "ROWS-BOS", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, scenes=_bos, source=ROW,
+    "ROWS-BOS", chapter="rows", stage="tokens", level="must", needs={"train.attended"}, scenes=_bos, source=ROW,
     rivals=(PAPER.but(bos="inside"),), claim="BOS stands at most once, at the start, and never inside a completion.",
     covers=("RUN-TOK-BOS",), why="A BOS inside the completion is scored and learned.",
     bug="axolotl put a BOS into the middle of every row, twice.",
     fix="Tokenize the completion with add_special_tokens=False.",
 )  # fmt: skip
 def bos(case: Case) -> Comparison:
-    return agree(case, "gradient")
+    if case.experiments[0].tokenizer.template is not None:
+        return agree(replace(case, rivals=()), "attended")
+    return worst([agree(case, "gradient"), agree(case, "attended")])

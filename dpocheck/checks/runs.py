@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpocheck.check import Case, Comparison, check, scene
+from dpocheck.check import Case, Comparison, agree, check, scene, worst
 from dpocheck.checks import scenes
+from dpocheck.derive import STILL
 from dpocheck.experiment import Objective, Recipe, Sequence
 from dpocheck.oracle.theory import Theory
+from dpocheck.reading import entries
 
 HALF = Objective(beta=0.5)
 
@@ -101,7 +103,7 @@ def _coverage(theory: Theory) -> list:
 
 @check(
     "RUN-COVERAGE", chapter="runs", stage="run", level="must", needs={"train.logits"}, scenes=_coverage,
-    claim="In one epoch every row is used, but for a last short batch where the trainer drops it.",
+    claim="In one epoch every row is used once, but for a last short batch where the trainer drops it.",
     source="an epoch is one pass over the data", covers=("RUN-COVERAGE", "RUN-SHUFFLE"),
     why="Rows that are never seen are preferences that are never learned.",
     bug="HALOs gave every rank the same rows; open-instruct threw away the shuffled order.",
@@ -115,7 +117,65 @@ def coverage(case: Case) -> Comparison:
     if len(unused) > allowed:
         rows = ", ".join(str(i + 1) for i in unused)
         return Comparison("fail", observed=f"rows without any effect: {rows}", expected="every row used", error=len(unused), bound=allowed)
-    return Comparison("pass", error=float(len(unused)), bound=float(allowed))
+    told = Comparison("pass", error=float(len(unused)), bound=float(allowed))
+    return told if case.experiments[0].recipe.shuffle else worst([told, agree(case, "logits")])
+
+
+# ------------------------------------------------------------------------------------------------------- the order
+
+ROWS = 8  # one order in 40 320: two are equal by chance as good as never
+
+
+def _orders(theory: Theory) -> list:
+    recipe = Recipe(HALF, learning_rate=STILL, batch=1, steps=2 * ROWS, shuffle=True, seed=11)
+    first = scenes.run(scenes.rectangular(ROWS), theory, recipe)
+    second = replace(first, recipe=replace(recipe, seed=12))
+    plain = replace(first, recipe=replace(recipe, shuffle=False, steps=ROWS))
+    return [scene("two epochs over eight rows with one seed, with another, and in order", first, second, plain, family="order")]
+
+
+@check(
+    "RUN-SHUFFLE", chapter="runs", stage="run", level="should", needs={"train.history.loss"}, scenes=_orders,
+    claim="Shuffled rows come once in each epoch, in another order in each epoch and for each seed; without shuffling, "
+    "as they stand.",
+    source="an epoch is one pass over the data; the recipe", covers=("RUN-SHUFFLE", "RUN-SEED"),
+    why="With one order in all epochs each batch is the same set of pairs, and so is every run of a sweep over seeds.",
+    bug="open-instruct shuffled the data set and trained on the unshuffled one.",
+    fix="Draw each epoch's permutation from seed and epoch, and use it.",
+)  # fmt: skip
+def shuffled(case: Case) -> Comparison:
+    orders = [_order(case, index) for index in range(3)]
+    if any(order is None for order in orders):
+        return Comparison("unknown", reason="the logged losses do not tell which row each step was on")
+    first, second, plain = orders
+    epochs = {"first epoch": first[:ROWS], "second epoch": first[ROWS:], "first epoch with another seed": second[:ROWS]}
+    in_order = list(range(ROWS))
+    for name, order in epochs.items():
+        if sorted(order) != in_order:
+            return _rows_come("fail", name, order, "each row once")
+        if order == in_order:
+            return _rows_come("fail", name, order, "another order than the data's")
+    if epochs["first epoch"] in (epochs["second epoch"], epochs["first epoch with another seed"]):
+        same = "second epoch" if first[:ROWS] == first[ROWS:] else "first epoch with another seed"
+        return _rows_come("fail", same, epochs[same], "another order than in the first epoch")
+    if plain != in_order:
+        return _rows_come("fail", "run without shuffling", plain, "the data's order")
+    return Comparison("pass")
+
+
+def _rows_come(verdict: str, where: str, order: list[int], expected: str) -> Comparison:
+    return Comparison(verdict, observed="rows " + " ".join(str(i + 1) for i in order), expected=expected, where=where)
+
+
+def _order(case: Case, index: int) -> list[int] | None:
+    """Which row each step was on, by its loss; the models stand still."""
+    due = np.array(entries(case.predicted(2).history, "train", "loss"))
+    noise = np.max(case.bound("history.train.loss", 2))
+    seen = np.array(entries(case.observed[index].history, "train", "loss"))
+    if len(seen) != case.experiments[index].recipe.steps or np.min(np.diff(np.sort(due))) < 4 * noise:
+        return None
+    distance = np.abs(seen[:, None] - due[None, :])
+    return None if np.any(distance.min(axis=1) > noise) else [int(i) for i in distance.argmin(axis=1)]
 
 
 def _saved(theory: Theory) -> list:

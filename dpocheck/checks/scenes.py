@@ -49,8 +49,9 @@ def rectangular(count: int, *, prompt: int = 2, completion: int = 2) -> tuple[Pa
 
 
 def ragged() -> tuple[Pair, ...]:
-    """Unequal lengths everywhere; the longest prompt and the longest completion are in different rows."""
-    shapes = ((1, 1, 3), (4, 2, 1), (2, 4, 2), (1, 2, 5), (3, 0, 2))
+    """Unequal lengths everywhere; the longest prompt and the longest completion are in different rows, and the widest
+    row of all is a rejected one."""
+    shapes = ((1, 1, 3), (4, 2, 1), (2, 4, 2), (1, 2, 7), (3, 1, 2))
     found, start = [], 0
     for prompt, chosen, rejected in shapes:
         ids = range(start, start + prompt + chosen + rejected)

@@ -39,6 +39,26 @@ def even(case: Case) -> Comparison:
     return agree(case, "gradient")
 
 
+def _uneven(theory: Theory) -> list:
+    recipe = replace(BASE, batch=2, accumulation=3)
+    return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe), family="accumulation")]
+
+
+@check(
+    "ACCUM-UNEVEN", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_uneven,
+    says="uneven_accumulation",
+    claim="Micro-batches of unequal size weigh as the documentation promises: by their pairs, or all the same.",
+    source=MEAN + "; the trainer's documentation", covers=("ACCUM-UNEVEN",),
+    why="The last window of an epoch is rarely full: its pairs would count more than the others.",
+    bug="ms-swift averaged the means of uneven micro-batches.", fix="Divide the window's sum by the window's pairs.",
+)  # fmt: skip
+def uneven(case: Case) -> Comparison:
+    promised = case.says.uneven_accumulation
+    if promised is None:
+        return Comparison("not-applicable", reason="the documentation promises no weights in an uneven window")
+    return agree(replace(case, theory=case.theory.but(uneven=promised)), "gradient")
+
+
 def _tokens(theory: Theory) -> list:
     pairs = scenes.ragged()[:4]
     objective = Objective(beta=0.5, sft_weight=1.0)

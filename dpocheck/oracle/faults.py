@@ -252,6 +252,7 @@ CHOICES: dict[str, Theory] = {
     "weight decay is added to the gradient": PAPER.but(decay="coupled"),
     "weight decay acts on the final norm too": PAPER.but(decay="all"),
     "warm-up starts at rate 0": PAPER.but(first_rate="zero"),
+    "warm-up ends one step after its last": PAPER.but(first_rate="shifted"),
     "rewards without beta": PAPER.but(reward_scale="one"),
     "rewards of summed log-probs": PAPER.but(reward_logps="sum"),
     "a tie counts as right": PAPER.but(accuracy="greater-equal"),

@@ -81,6 +81,8 @@ def rate(step: int, steps: int, recipe: Recipe, theory: Theory) -> float:
     if theory.schedule == "micro-step":
         step *= recipe.accumulation
     if step < warmup:
+        if theory.first_rate == "shifted":
+            return recipe.learning_rate * (step + 1) / (warmup + 1)
         return recipe.learning_rate * (step if theory.first_rate == "zero" else step + 1) / warmup
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)
     if schedule == "constant":

@@ -132,7 +132,7 @@ class Theory:
     momentum_extra: float = 0.0
     decay: Literal["decoupled", "coupled", "all"] = "decoupled"  # "coupled": momentum sees it; "all": the norm's too
     schedule: Literal["asked", "constant", "linear", "cosine", "micro-step"] = "asked"
-    first_rate: Literal["full", "zero", "skipped"] = "full"  # warm-up (k+1)/w; k/w; none
+    first_rate: Literal["full", "zero", "shifted", "skipped"] = "full"  # (k+1)/w; k/w; (k+1)/(w+1); no warm-up
     resume: Literal[
         "full", "data-restarts", "schedule-restarts", "momentum-lost", "reference-from-checkpoint", "skips-batch",
         "weights-bfloat16",
@@ -199,7 +199,7 @@ CONVENTIONS: dict[str, tuple[object, ...]] = {
     "incomplete_window": ("stepped", "dropped"),
     "last_batch": ("kept", "dropped"),
     "decay": ("decoupled", "coupled", "all"),
-    "first_rate": ("full", "zero"),
+    "first_rate": ("full", "zero", "shifted"),
     "reward_scale": ("beta", "one"),
     "reward_logps": ("loss", "sum"),
     "accuracy": ("greater", "greater-equal", "half"),

@@ -114,7 +114,7 @@ def truncate(example: Example, recipe: Recipe) -> Example | None:
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:
-    """Right-padded rows, chosen first."""
+    """Right-padded rows, chosen first.  A row's first token has nothing before it that predicts it: it never counts."""
     sides = [example.chosen for example in examples] + [example.rejected for example in examples]
     width = max(len(side.ids) for side in sides)
 
@@ -124,7 +124,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
     return Batch(
         input_ids=rows(lambda side: side.ids, pad),
         attention_mask=rows(lambda side: [1] * len(side.ids), 0),
-        completion_mask=rows(lambda side: [0] * side.start + [1] * (len(side.ids) - side.start), 0),
+        completion_mask=rows(lambda side: [int(at >= max(1, side.start)) for at in range(len(side.ids))], 0),
         pad_token_id=pad,
         rows=tuple(example.row for example in examples),
     )

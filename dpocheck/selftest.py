@@ -21,6 +21,7 @@ from dpocheck.session import Session
 from dpocheck.subject import InWorker, Subject
 from dpocheck.transport import Limits, Worker
 from dpocheck.zoo import SPECIMENS, VARIANTS
+from dpocheck.zoo.registry import TRAIN
 
 ALLOWED = ("pass", "info", "not-applicable")  # of a subject that is right
 
@@ -77,6 +78,7 @@ def session(subject: Subject) -> Session:
 def specimen(zoo: Zoo, name: str, check: Check, only: str | None = None) -> Line:
     """One specimen against one check, with the diagnosis."""
     declared = SPECIMENS[name]
+    only = only or (TRAIN[0] if declared.at == TRAIN else None)
     subject = restricted(zoo.subject(name), only)
     subject.theory, subject.precisions = zoo.honest(only)
     if declared.theory is not None and check.says is None:

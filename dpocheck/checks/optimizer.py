@@ -1,0 +1,125 @@
+"""Do the schedule and Adam move the logits as their papers say?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from dpocheck.check import Case, Comparison, agree, check, close, labels, scene, worst
+from dpocheck.checks import scenes
+from dpocheck.experiment import Objective, Pair, Recipe, StepExperiment, Table, TrainExperiment
+from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.probes.tables import scales
+from dpocheck.reading import entries
+
+
+def _scheduled(theory: Theory) -> list:
+    pairs = scenes.rectangular(6)
+    found = []
+    for shape in ("linear", "cosine"):
+        recipe = Recipe(
+            Objective(beta=0.5), learning_rate=8.0, batch=2, accumulation=2, steps=5, schedule=shape, warmup_steps=2
+        )
+        run = scenes.run(pairs[:4], theory, recipe)
+        found.append(scene(f"{shape}, two steps of warm-up, five steps of two micro-batches", run, family="schedule"))
+    return found
+
+
+@check(
+    "STEP-SCHEDULE", chapter="step", stage="run", level="must", needs={"train.logits"}, scenes=_scheduled,
+    rivals=(PAPER.but(schedule="constant"), PAPER.but(first_rate="skipped"), PAPER.but(schedule="micro-step")),
+    claim="The rate rises over the warm-up, then falls along the schedule that was asked for and reaches its end with the run.",
+    source="linear decay; Loshchilov & Hutter 2017 (arXiv:1608.03983), Eq. 5 without restarts",
+    covers=("RUN-LR", "RUN-REPLAY"), why="A schedule that is off by the accumulation steps ends long before the run, or never.",
+    bug="OpenRLHF multiplied the horizon by the epochs twice: the rate never decayed.",
+    fix="Advance the schedule once per optimizer step; its length is the number of optimizer steps.",
+)  # fmt: skip
+def schedule(case: Case) -> Comparison:
+    return worst([agree(case, "logits"), _logged_rate(case)])
+
+
+def _logged_rate(case: Case) -> Comparison:
+    """The rate that is logged at a step is that step's, or the next one's: trainers log before or after it advances."""
+    seen = np.array(entries(case.observed[0].history, "train", "learning_rate"))
+    paper = np.array(entries(case.predicted().history, "train", "learning_rate"))
+    if len(seen) != len(paper):
+        return Comparison("not-applicable", reason="the learning rate of single steps is not logged")
+    noise = 1e-6 * paper.max()  # rates are printed as they are: to float64, or to the six digits of a log line
+    own = close(seen, paper, noise, label=lambda at: f"learning rate logged at step {at[0] + 1}")
+    return own if own.verdict == "pass" or close(seen[:-1], paper[1:], noise).verdict == "fail" else replace(own, verdict="pass")
+
+
+# --------------------------------------------------------------------------------------------------------------- Adam
+
+RATE, EPSILON = 2.0**10, 2.0**8  # in units of a parameter; a logit's gradient, about 1/8, is 2^7 of them
+
+
+def _adam(theory: Theory) -> list:
+    pairs = scenes.rectangular(4)
+    base = Recipe(
+        Objective(beta=0.5), optimizer="adamw", learning_rate=RATE, betas=(0.5, 0.9375), epsilon=EPSILON, batch=2
+    )
+    return [
+        scene("one step on two pairs", scenes.run(pairs, theory, base), family="adam"),
+        scene("three steps on two pairs each", scenes.run(pairs, theory, replace(base, steps=3)), family="adam"),
+    ]
+
+
+@check(
+    "STEP-ADAM", chapter="step", stage="run", level="must", needs={"train.logits"}, scenes=_adam,
+    claim="AdamW's steps are rate * m^ / (sqrt(v^) + epsilon), with betas and epsilon as asked for and both averages "
+    "corrected for their start at zero.",
+    source="Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1; Loshchilov & Hutter 2019 (arXiv:1711.05101)",
+    covers=("RUN-REPLAY",), why="It is the optimizer that people use, and no check with SGD sees it.",
+    bug="Betas that a configuration accepts and the optimizer never gets.",
+    fix="Pass betas and epsilon on; correct both averages; put epsilon outside the root.",
+)  # fmt: skip
+def adam(case: Case) -> Comparison:
+    expected, noise = adam_replay(case.experiments[0], case)
+    for wrong in ({"betas": (0.9, 0.999)}, {"epsilon": 1e-8}):
+        run = case.experiments[0]
+        if run.recipe.steps > 1:
+            other, _ = adam_replay(replace(run, recipe=replace(run.recipe, **wrong)), case)
+            if not np.any(np.abs(other - expected) > 4 * noise):
+                return Comparison("unknown", reason=f"this run would not show {wrong}")
+    limit = noise + case.observed[0].floor.get("logits", 0.0)
+    return close(case.observed[0].logits, expected, limit, label=labels(case.experiments[0], "logits"))
+
+
+def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Logits after AdamW without weight decay, and the largest deviation of a correct run.
+
+    A parameter is a logit over k and its gradient k times the logit's: with rate r / k^2, a step moves a logit by
+    (r / k) m^ / (sqrt(v^) + epsilon / k), averages taken over the logits' gradients.  With G the greatest gradient,
+    the step changes by at most (1 + G / e) / e per unit of error in the gradients, e = epsilon / k.  Pairs own their
+    tokens, so that the gradient of B pairs changes by at most (beta^2 / 4 * |d|^2 + beta / 2) / B per unit of error
+    in the logits, with |d|^2 <= 2 for each of a pair's six tokens.  Averages with powers, root and quotient are 16
+    roundings; the sum is stored with one more.
+    """
+    recipe, theory, u = run.recipe, case.theory, case.precision
+    k = scales(recipe.dtype).k
+    rate, e = recipe.learning_rate / k, recipe.epsilon / k
+    logits, pairs = run.policy.logits(), scenes.rectangular(len(run.rows))
+    first = second = np.zeros_like(logits)
+    carried, beta = 0.0, recipe.objective.beta
+    for step in range(recipe.steps):
+        start = step * recipe.batch % len(pairs)
+        gradient, open_ = _gradient(run, case, logits, pairs[start : start + recipe.batch])
+        first = recipe.betas[0] * first + (1 - recipe.betas[0]) * gradient
+        second = recipe.betas[1] * second + (1 - recipe.betas[1]) * gradient**2
+        m, v = first / (1 - recipe.betas[0] ** (step + 1)), second / (1 - recipe.betas[1] ** (step + 1))
+        move = rate * m / (np.sqrt(v) + e)
+        steep = rate / e * (1 + float(np.abs(m).max()) / e)
+        bend = (3 * beta**2 + beta / 2) / recipe.batch
+        carried = carried * (1 + steep * bend) + steep * open_ + 16 * u * float(np.abs(move).max())
+        carried += 2 * u * float(np.abs(logits).max(where=logits > scenes.NEVER, initial=1.0))
+        logits = logits - move
+    return logits, np.full_like(logits, carried)
+
+
+def _gradient(run: TrainExperiment, case: Case, logits: np.ndarray, pairs: tuple[Pair, ...]) -> tuple[np.ndarray, float]:
+    words = run.tokenizer
+    step = StepExperiment(Table.of(logits), run.reference, pairs, run.recipe.objective, pad=words.pad, eos=words.eos)
+    gradient = case.predict(replace(step, dtype="float64"), case.theory).gradient
+    return gradient, float(np.max(case.limit(step, "gradient", case.theory, case.precision)))

@@ -6,16 +6,11 @@ runs.  The full tier asks everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-
-from dpocheck import derive
 from dpocheck.check import Check, Scene
-from dpocheck.experiment import Experiment, TrainExperiment, key
+from dpocheck.experiment import key
 from dpocheck.subject import Subject
 
 RUNS = 10
-AT_ONCE = 2  # runs side by side
 
 # In the order of what they show; each brings at most its first scenes, as many as the budget still allows.
 QUICK = (
@@ -27,18 +22,6 @@ QUICK = (
 
 def is_costly(subject: Subject) -> bool:
     return subject.transport.about.get("form") == "command line"
-
-
-def runs(subject: Subject, experiment: Experiment) -> tuple[TrainExperiment, ...]:
-    """The whole runs that an experiment needs from this subject; none where it cannot be shown."""
-    if subject.cannot(experiment):
-        return ()
-    if isinstance(experiment, TrainExperiment):
-        return (experiment,)
-    plan = derive.plan(experiment, subject.capabilities, subject.theory)
-    if isinstance(plan, str):
-        return ()
-    return tuple(run for coarse in plan.experiments for run in runs(subject, coarse))
 
 
 def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ...]]:
@@ -53,7 +36,7 @@ def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ..
         for scene in by_id[name].staged(subject.theory):
             if scene.tier != "quick":
                 continue
-            needed = {key(run) for experiment in scene.experiments for run in runs(subject, experiment)} - spent
+            needed = {key(run) for experiment in scene.experiments for run in subject.whole_runs(experiment)} - spent
             if not needed and any(subject.cannot(experiment) for experiment in scene.experiments):
                 continue
             if len(spent) - start + len(needed) + 1 > RUNS:
@@ -65,10 +48,3 @@ def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ..
         if kept:
             chosen[name] = tuple(kept)
     return chosen
-
-
-def prefetch(subject: Subject, scenes: Iterable[Scene]) -> None:
-    """Make the runs of the scenes side by side; the checks then read them from memory."""
-    wanted = {key(run): run for scene in scenes for experiment in scene.experiments for run in runs(subject, experiment)}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(subject.observe, wanted.values()))

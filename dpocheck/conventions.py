@@ -213,6 +213,11 @@ def resolve(subject: Subject, predict: Predict, *, remembered: bool = False) -> 
     return results
 
 
+def asked_of(subject: Subject) -> list[Question]:
+    """The questions that this subject can answer."""
+    return [question for question in QUESTIONS if question.capability in subject.capabilities]
+
+
 def ask(question: Question, subject: Subject, predict: Predict) -> Result | None:
     experiment = subject.own(question.experiment(subject.theory))
     seen = subject.observe(experiment)

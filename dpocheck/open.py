@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,31 @@ class UsageError(Exception):
     """What was asked for cannot be run; the message says what was given, what is allowed and what to do."""
 
 
-def open_subject(subject: Any, folder: Path, *, timeout: float = 120.0, memory: float = 8.0) -> Subject:
-    """A live object, an entry point's name, `pkg.mod:Attribute`, `file.py:name`, `file.toml` or `zoo:NAME`."""
+def open_subject(
+    subject: Any, folder: Path, *, timeout: float = 120.0, memory: float = 8.0, jobs: int = 1
+) -> Subject:
+    """A live object, an entry point's name, `pkg.mod:Attribute`, `file.py:name`, `file.toml` or `zoo:NAME`.
+
+    `jobs`: how many runs are made side by side, each in a worker of its own; a live object has but one process.
+    """
     if not isinstance(subject, str | Path):
         return Subject(type(subject).__name__, InProcess(_adapted(subject)), folder)
     name = str(subject)
     if name.endswith(".toml"):
-        return Subject(name, InFiles(_command(Path(name), folder, timeout, memory)), folder)
+        first = InFiles(_command(Path(name), folder, timeout, memory))
+        return Subject(name, first, folder, [lambda: first] * (jobs - 1))
     _exists(name)
     try:
         transport = InWorker.start(name, folder / "worker", seconds=timeout, memory_gb=memory)
+        trains = "train" in transport.about["capabilities"]
     except (Broken, Refused) as fault:
         tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
         raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault
-    return Subject(name, transport, folder)
+
+    def another(number: int) -> Callable[[], InWorker]:
+        return lambda: InWorker.start(name, folder / f"worker{number}", seconds=timeout, memory_gb=memory)
+
+    return Subject(name, transport, folder, [another(number) for number in range(1, jobs)] if trains else ())
 
 
 def _adapted(subject: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpocheck import budget, conventions, diagnose, identify, smoke
 from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
+from dpocheck.ahead import default_jobs
 from dpocheck.check import CHAPTERS, CHECKS, STAGES, Check
 from dpocheck.experiment import Experiment, Objective
 from dpocheck.observation import Seen
@@ -36,7 +37,7 @@ class Options:
     tier: str = "quick"
     only: tuple[str, ...] = ()
     seed: int = 0
-    jobs: int = 1
+    jobs: int = 0  # runs side by side; 0: as many as are of use here
     objective: Objective | None = None
     tokenizer: str | None = None
     timeout: float = 120.0
@@ -59,7 +60,8 @@ def run(options: Options, progress: Callable[[Progress], None] | None = None) ->
     tell = progress or (lambda _: None)
     tell(Progress(0, len(selected), "starting the worker"))
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
-        subject = open_subject(options.subject, Path(folder), timeout=options.timeout, memory=options.memory)
+        subject = open_subject(options.subject, Path(folder), timeout=options.timeout, memory=options.memory,
+                               jobs=options.jobs or default_jobs())  # fmt: skip
         try:
             return _audit(subject, selected, options, tell, started)
         finally:
@@ -77,6 +79,8 @@ def _audit(
         )
     tell(Progress(0, len(selected), "conventions"))
     sparing = budget.is_costly(subject) and options.tier == "quick"
+    if not sparing:
+        subject.run_ahead(question.experiment(subject.theory) for question in conventions.asked_of(subject))
     asked = conventions.resolve(subject, cached_predict, remembered=sparing)
     results: list[Result] = [] if options.only else asked
     session = Session(
@@ -86,8 +90,13 @@ def _audit(
     if sparing and not options.only:
         session.chosen = budget.choose(subject, selected)
         selected = [check for check in selected if check.id in session.chosen]
-        tell(Progress(0, len(selected), "runs"))
-        budget.prefetch(subject, (scene for scenes in session.chosen.values() for scene in scenes))
+    subject.run_ahead(
+        experiment
+        for check in selected
+        for scene in session.scenes(check)
+        if options.tier == "full" or scene.tier == "quick"
+        for experiment in scene.experiments
+    )
     for number, check in enumerate(selected):
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))

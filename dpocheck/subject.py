@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import numpy as np
 
 from dpocheck import derive, fixed, reading
 from dpocheck.adapter import Says
+from dpocheck.ahead import Ahead
 from dpocheck.experiment import (
     Experiment,
     LogpExperiment,
@@ -64,8 +65,12 @@ class Transport(Protocol):
 class Subject:
     """One trainer under audit."""
 
-    def __init__(self, name: str, transport: Transport, folder: Path) -> None:
+    def __init__(
+        self, name: str, transport: Transport, folder: Path, more: Iterable[Callable[[], Transport]] = ()
+    ) -> None:
+        """`more`: starters of further transports that answer as the first does, for runs side by side."""
         self.name, self.transport, self.folder = name, transport, folder
+        self.ahead = Ahead(transport, more)
         about = transport.about
         self.capabilities: tuple[str, ...] = tuple(about["capabilities"])
         self.says = about["says"] if isinstance(about["says"], Says) else _says(about["says"])
@@ -77,7 +82,30 @@ class Subject:
         self.calls = 0
 
     def close(self) -> None:
-        self.transport.close()
+        self.ahead.close()
+
+    def run_ahead(self, experiments: Iterable[Experiment]) -> None:
+        """Start the whole runs that the experiments will need; they are taken when they are asked for."""
+        for experiment in experiments:
+            for run in self.whole_runs(self.own(experiment)):
+                if isinstance(run, Sequence):
+                    self.ahead.submit(run, self._sequence)
+                elif self._remembered_as(run) not in self.memory:
+                    self.ahead.submit(run, self._alone)
+
+    def whole_runs(self, experiment: Experiment) -> tuple[TrainExperiment | Sequence, ...]:
+        """The runs and sequences that an experiment comes down to; none where it is answered otherwise."""
+        if self.cannot(experiment):
+            return ()
+        if isinstance(experiment, TrainExperiment | Sequence):
+            return (experiment,)
+        if derive.CAPABILITY[type(experiment)] in self.capabilities:
+            return ()
+        plan = derive.plan(experiment, self.capabilities, self.theory)
+        return () if isinstance(plan, str) else tuple(r for part in plan.experiments for r in self.whole_runs(part))
+
+    def _remembered_as(self, experiment: Experiment) -> str:
+        return key(experiment) + (self.theory.eos if "train" in self.capabilities else "")
 
     def precision(self, experiment: Experiment) -> float:
         """The unit roundoff of the subject's arithmetic on this experiment: the dtype asked for, or coarser."""
@@ -92,8 +120,9 @@ class Subject:
     def observe(self, experiment: Experiment) -> Seen:
         """What the subject shows of an experiment; remembered, except for sequences."""
         if isinstance(experiment, Sequence):
-            return self._sequence(experiment)
-        name = key(experiment) + (self.theory.eos if "train" in self.capabilities else "")
+            ready = self.ahead.take(experiment)
+            return self._sequence(experiment) if ready is None else ready
+        name = self._remembered_as(experiment)
         if name not in self.memory:
             self.memory[name] = self._observe(experiment)
             self.asked[name] = experiment
@@ -126,7 +155,8 @@ class Subject:
 
     def _observe(self, experiment: Experiment) -> Seen:
         if derive.CAPABILITY[type(experiment)] in self.capabilities:
-            seen = self._native(experiment, self.folder / key(experiment)[:16], None)
+            ready = self.ahead.take(experiment)
+            seen = self._alone(experiment) if ready is None else ready
             return self._one_by_one(experiment, seen) if isinstance(experiment, LossExperiment) else seen
         plan = derive.plan(experiment, self.capabilities, self.theory)
         if isinstance(plan, str):
@@ -156,13 +186,21 @@ class Subject:
             return seen
         return replace(seen, per_pair=np.array([answer.per_pair[0] for answer in alone]))  # type: ignore[attr-defined]
 
+    def _alone(self, experiment: Experiment) -> Seen:
+        with self.ahead.lease() as transport:
+            return self._native(transport, experiment, self.folder / key(experiment)[:16], None)
+
     def _sequence(self, experiment: Sequence) -> SequenceSeen:
         if "train" not in self.capabilities:
             return SequenceSeen(refused="the subject has no `train`")
+        with self.ahead.lease() as transport:
+            return self._in_order(transport, experiment)
+
+    def _in_order(self, transport: Transport, experiment: Sequence) -> SequenceSeen:
         folder = self.folder / f"{key(experiment)[:16]}-{self.calls}"
         runs: list[Any] = []
         for number, run in enumerate(experiment.runs):
-            runs.append(self._native(run, folder / f"run{number}", folder / "shared", number))
+            runs.append(self._native(transport, run, folder / f"run{number}", folder / "shared", number))
             if runs[-1].raised or runs[-1].refused:
                 last = runs[-1]
                 return SequenceSeen(
@@ -171,15 +209,17 @@ class Subject:
                 )  # fmt: skip
         return SequenceSeen(runs=tuple(runs), via=runs[-1].via)
 
-    def _native(self, experiment: Experiment, folder: Path, shared: Path | None, number: int = 0) -> Seen:
+    def _native(
+        self, transport: Transport, experiment: Experiment, folder: Path, shared: Path | None, number: int = 0
+    ) -> Seen:
         """Put one experiment to the subject.  The `number`-th run of a sequence starts from random numbers of its own:
         a trainer that ignores its seed does not repeat itself by our doing."""
         self.calls += 1
         started = time.perf_counter()
-        via = "files" if self.transport.about.get("form") == "command line" else "native"
+        via = "files" if transport.about.get("form") == "command line" else "native"
         paths = checkpoints(experiment, folder)
         try:
-            payload, arrays = self.transport.answer(experiment, paths, shared or folder / "run", number)
+            payload, arrays = transport.answer(experiment, paths, shared or folder / "run", number)
             return replace(
                 reading.seen(experiment, payload, arrays, via), seconds=time.perf_counter() - started
             )

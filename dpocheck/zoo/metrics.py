@@ -285,7 +285,7 @@ def evaluation_leaves_gradients(trainer, policy, score, batches):
     return trainer.metrics(seen)
 
 
-@specimen("evaluation-without-reference", part="evaluate", caught_by="EVAL-BATCH", imitates="huggingface/trl#6434")
+@specimen("evaluation-without-reference", part="evaluate", caught_by="EVAL-VALUE", imitates="huggingface/trl#6434")
 def evaluation_without_reference(trainer, policy, score, batches):
     """In evaluation the policy is its own reference: the loss is log 2 and the rewards are 0."""
 

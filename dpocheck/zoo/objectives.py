@@ -99,7 +99,7 @@ _changed(
     "losses-times-length",
     lambda losses, four, o, n: losses * (_length(n, 0) + _length(n, 1)) / 2,
     "Each pair's loss is multiplied by its number of tokens.",
-    "GRAD-RAGGED",
+    "DEFAULTS-STEP",
     at=STEPS,
 )
 

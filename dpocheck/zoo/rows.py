@@ -301,3 +301,30 @@ def rejected_cut_only(example, recipe):
     """A pair that is too long is cut on its rejected side only."""
     cut = mini.truncate(example, recipe)
     return None if cut is None else replace(cut, chosen=example.chosen)
+
+
+_WAITING: list = []  # masks of dropped pairs that the next pair will get
+
+
+@specimen("masks-out-of-step-after-a-drop", part="truncate", caught_by="ROWS-LONG-PROMPT")
+def masks_out_of_step_after_a_drop(example, recipe):
+    """A pair whose prompt fills the limit is dropped from the ids but not from the masks: the next pair gets them."""
+    if example.row == 0:
+        _WAITING.clear()
+    cut = mini.truncate(example, recipe)
+    _WAITING.append(example)
+    mask = _WAITING[0]
+    if cut is None:
+        return None
+    _WAITING.pop(0)
+
+    def under(side, start):
+        return replace(side, start=min(len(side.ids), start))
+
+    return (
+        cut
+        if mask is example
+        else replace(
+            cut, chosen=under(cut.chosen, mask.chosen.start), rejected=under(cut.rejected, mask.rejected.start)
+        )
+    )

@@ -42,7 +42,7 @@ _reduces(
     lambda losses: losses[0],
     "Only the first pair of a batch counts.",
     theory=PAPER.but(reduction="first"),
-    caught_by="STEP-PERMUTATION",
+    caught_by="ONE-TRAINER",
 )
 _reduces(
     "last-pair-dropped",

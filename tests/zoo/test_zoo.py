@@ -176,6 +176,11 @@ RUNS = {
     "bos": (TEXT, [BASE], {"tokens": tokenizer(bos=True)}),
     "pad is eos": (TEXT, [BASE], {"tokens": tokenizer(pad_is_eos=True)}),
     "keep start": (TEXT, [replace(BASE, max_length=5)], {}),
+    "long prompt": (
+        {"train": [{"prompt": "w1 w2 w3 w4 w5 w6 ", "chosen": "w7", "rejected": "w8"}, *ROWS]},
+        [replace(BASE, max_length=5)],
+        {},
+    ),
     "keep end": (TEXT, [replace(BASE, max_length=5, truncation="keep_end")], {}),
     "loud": (TEXT, [BASE], {"policy": _loud(1), "reference": _loud(2)}),
     "cdpo": (TEXT, [replace(BASE, objective=OBJECTIVES[2])], {}),
@@ -254,7 +259,7 @@ def _likely(specimen):
     hints = {
         "render": "implicit, chat, system, spaces, implicit chat",
         "tokenize": "plain, chat, bos, system, spaces",
-        "truncate": "keep start, keep end, plain",
+        "truncate": "keep start, keep end, long prompt, plain",
         "clip": "clipped, loose clip",
         "resume": "resumed",
         "checkpoint": "resumed",

@@ -56,7 +56,7 @@ def _adapted(subject: Any) -> Any:
 
 def _command(path: Path, folder: Path, timeout: float, memory: float) -> Any:
     from dpocheck.command import CommandSubject
-    from dpocheck.command_file import CommandError, read
+    from dpocheck.command.file import CommandError, read
 
     try:
         return CommandSubject(read(path), limits_seconds=timeout, memory_gb=memory, folder=folder)

@@ -15,6 +15,9 @@ from dpocheck.experiment import Body, Table
 from dpocheck.probes import tables
 
 
+PRISTINE: dict[tuple[str, str], Any] = {}  # (config.json, dtype) -> a model as transformers loads it, never handed out
+
+
 def probe(
     policy: Path, reference: Path | None, *, dtype: str, edit: Table | None = None, watch: Any = None
 ) -> Probe:
@@ -40,12 +43,24 @@ def probe(
 
 
 def _model(path: Path, dtype: str) -> Any:
+    import copy
+
     import torch
     import transformers
+    from safetensors.torch import load_file
 
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    name = "dtype" if release >= (4, 56) else "torch_dtype"
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **{name: getattr(torch, dtype)})
+    # Loading costs most of a probe's time, and probes differ in their weights alone: one is loaded the ordinary way
+    # for each configuration, the others are copies of it with their own weights and their own name.
+    pristine = PRISTINE.get((key := ((path / "config.json").read_text(encoding="utf-8"), dtype)))
+    if pristine is None:
+        release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        name = "dtype" if release >= (4, 56) else "torch_dtype"
+        asked = {name: getattr(torch, dtype)}
+        PRISTINE[key] = pristine = transformers.AutoModelForCausalLM.from_pretrained(str(path), **asked)
+    model = copy.deepcopy(pristine)
+    model.load_state_dict(load_file(path / "model.safetensors"))
+    model.name_or_path = model.config._name_or_path = str(path)
+    return model
 
 
 def _tokenizer(path: Path) -> Any:

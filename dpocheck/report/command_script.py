@@ -46,7 +46,7 @@ def train(policy_folder, reference_folder, tokenizer_folder, rows, eval_rows, ou
 def command_trainers(path: Path, runs: Sequence[TrainExperiment]) -> list[str] | None:
     """The text of `train` for each run; None where what is read from the files is not plain SGD on the head."""
     from dpocheck.command import CommandSubject
-    from dpocheck.command_file import read
+    from dpocheck.command.file import read
     from dpocheck.probes import tables
 
     file = read(path)
@@ -59,12 +59,12 @@ def command_trainers(path: Path, runs: Sequence[TrainExperiment]) -> list[str] |
 
 
 def _train(subject: CommandSubject, run: TrainExperiment, place: Path) -> str:
-    from dpocheck.command import _Run
+    from dpocheck.command.subject import Run
     from dpocheck.subject import checkpoints
 
     paths = checkpoints(run, place)
     here = place / "run"
-    made = _Run(subject, run, paths, here)
+    made = Run(subject, run, paths, here)
     own = sorted(path for name in ("work", "rows") for path in (here / name).rglob("*") if path.is_file())
     if made.resume is not None:
         copied = {path.name for path in paths["policy"].iterdir()}

@@ -7,7 +7,7 @@ import pytest
 from command_bench import described, experiment
 from command_closed_form import rows, table
 
-from dpocheck.command_asked import loss_texts
+from dpocheck.command.asked import loss_texts
 from dpocheck.experiment import Body, Lora, Message, Objective, Row
 
 CHAT = Row((Message("user", "a"),), (Message("assistant", "b"),), (Message("assistant", "c"),))

@@ -8,8 +8,8 @@ from command_bench import described
 
 import conformance
 from dpocheck.adapter import Says
-from dpocheck.command_file import CommandError, read
-from dpocheck.command_text import expand, number, words
+from dpocheck.command.file import CommandError, read
+from dpocheck.command.text import expand, number, words
 
 GOOD = {
     "command": '"{python} -m trainer {policy} {rows} {out}"', "rows": '{ file = "train.jsonl" }',

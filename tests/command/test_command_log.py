@@ -5,8 +5,8 @@ import math
 import pytest
 from command_bench import described, experiment, put
 
-from dpocheck.command_file import Log
-from dpocheck.command_log import history, matches_of
+from dpocheck.command.file import Log
+from dpocheck.command.log import history, matches_of
 
 LOG_2 = math.log(2)  # the loss where policy and reference are the same
 

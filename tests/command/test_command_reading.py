@@ -8,8 +8,8 @@ from command_bench import COMMAND, described, experiment, put, seen
 from command_closed_form import PAIRS, SIZE, gradient, slopes
 from safetensors.numpy import load_file
 
-from dpocheck.command_file import Update
-from dpocheck.command_reading import from_adam
+from dpocheck.command.file import Update
+from dpocheck.command.reading import from_adam
 from dpocheck.experiment import Objective
 
 U = 2.0**-24  # unit roundoff of float32, in which weights are stored

@@ -10,7 +10,7 @@ import pytest
 from command_bench import COMMAND, TRAINER, described, experiment, put
 
 from dpocheck.command import CommandFailed
-from dpocheck.command_run import KEPT, run
+from dpocheck.command.run import KEPT, run
 
 PYTHON = sys.executable
 

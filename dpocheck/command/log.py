@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dpocheck.command_file import Log
+from dpocheck.command.file import Log
 
 ENTRIES = 100_000  # kept of one run
 SLASHED = {

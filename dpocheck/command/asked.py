@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from dpocheck.command_file import OPTIONS, CommandFile
-from dpocheck.command_reading import Reading
+from dpocheck.command.file import OPTIONS, CommandFile
+from dpocheck.command.reading import Reading
 from dpocheck.experiment import Objective, Recipe, Row, TrainExperiment
 
 

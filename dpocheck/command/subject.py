@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from dpocheck import command_run
-from dpocheck.command_asked import asked, loss_texts, reasons
-from dpocheck.command_file import CommandError, CommandFile, read
-from dpocheck.command_log import history, matches_of
-from dpocheck.command_reading import Reading, read_weights
-from dpocheck.command_run import CommandFailed
-from dpocheck.command_text import expand, words
+from dpocheck.command import run as command_run
+from dpocheck.command.asked import asked, loss_texts, reasons
+from dpocheck.command.file import CommandError, CommandFile, read
+from dpocheck.command.log import history, matches_of
+from dpocheck.command.reading import Reading, read_weights
+from dpocheck.command.run import CommandFailed
+from dpocheck.command.text import expand, words
 from dpocheck.experiment import Row, TrainExperiment
 from dpocheck.probes import tables
 
@@ -79,7 +79,7 @@ class CommandSubject:
         """
         if (reason := self.supports(experiment)) is not None:
             raise ValueError(f"the command line cannot be asked for this experiment: {reason}")
-        run = _Run(self, experiment, paths, Path(folder).absolute())
+        run = Run(self, experiment, paths, Path(folder).absolute())
         matches: list[dict[str, str]] = []
         log = self.file.log
         lines = None if log is None or log.file else lambda text: matches.extend(matches_of(text, log))
@@ -131,7 +131,7 @@ def _fixed(file: CommandFile) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-class _Run:
+class Run:
     """One run: the files written before it, its arguments, and the reading of what it left."""
 
     def __init__(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dpocheck.adapter import Says
-from dpocheck.command_text import PLACEHOLDERS, CommandError, check, near
+from dpocheck.command.text import PLACEHOLDERS, CommandError, check, near
 
 LOSSES = ("sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo")  # and "+EXTRA", or "LOSS+EXTRA" for one of the two
 EXTRAS = ("sft", "length_normalised")

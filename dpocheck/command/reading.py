@@ -24,8 +24,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from dpocheck.command_file import CommandFile, Update, Weights
-from dpocheck.command_run import CommandFailed
+from dpocheck.command.file import CommandFile, Update, Weights
+from dpocheck.command.run import CommandFailed
 from dpocheck.experiment import Body, Recipe
 from dpocheck.probes import tables
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dpocheck.experiment import LogpExperiment, LossExperiment, Objective
+from dpocheck.experiment import Body, LogpExperiment, LossExperiment, Objective
 
 if TYPE_CHECKING:
     from dpocheck.draw import Ask
@@ -158,9 +158,10 @@ def runs(*batches: str, **options: Any) -> Draw:
 
 
 def long_rows(ask: Ask) -> Any:
+    """Through a glass table, which shows what was attended: a cut prompt leaves the logits' gradient alone."""
     from dpocheck import strategies
 
-    return strategies.chat_free_rows(limit=True).map(_alone)
+    return strategies.chat_free_rows(limit=True).map(lambda run: (replace(run, body=Body("glass")),))
 
 
 def implicit_prompts(ask: Ask) -> Any:

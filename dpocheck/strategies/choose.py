@@ -25,6 +25,15 @@ def choose(*options: Any) -> st.SearchStrategy[Any]:
     return st.tuples(*(st.booleans() for _ in range(flips))).map(pick)
 
 
+def sized(*options: Any) -> st.SearchStrategy[Any]:
+    """One of a few options in order of size, by coin flips that add up: taking one back gives a smaller size, so that
+    examples shrink step by step.  The middle is drawn more often than the ends."""
+    most = len(options) - 1
+    weights = [2] * (most // 3) + [1] * (most - 2 * (most // 3))
+    flips = st.tuples(*(st.booleans() for _ in weights))
+    return flips.map(lambda bits: options[sum(w for w, bit in zip(weights, bits, strict=True) if bit)])
+
+
 def mantissa(position: int) -> float:
     """A dyadic in (1, 2) with six binary places; 60 neighbours are all different.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from dpocheck.experiment import LossExperiment, Objective
-from dpocheck.strategies.choose import choose, generic, mantissa
+from dpocheck.strategies.choose import choose, generic, mantissa, sized
 
 SIZES = (1, 2, 3, 5, 8, 17)  # one pair hides broadcasting, two hide which of several reductions is meant
 BETAS = (0.5, 0.125, 2.0, 0.25, 2.0**-4, 2.0**-10, 8.0, 64.0)
@@ -54,7 +54,7 @@ def loss_experiments(
     and `integers`.
     """
     wanted = draw(objective if objective is not None else sigmoids())
-    count = draw(choose(*sizes))
+    count = draw(sized(*sizes))
     region = draw(choose(*regions))
     start = draw(choose(*range(0, 60, 7)))
     size = draw(choose(0, 1, 2, 3, 6, 9, 12, 16))  # drawn in every region: the fewest draws count as simplest

@@ -19,7 +19,7 @@ SHAPES = {
     "even": ((2, 1, 2, 1), (6, 3, 2, 1), (3, 1, 3, 1), (4, 2, 2, 1), (6, 2, 3, 1), (5, 1, 5, 1), (6, 1, 6, 1)),
     "uneven": ((3, 2, 2, 1), (5, 2, 3, 1), (5, 3, 2, 1), (5, 4, 2, 1)),
     "steps": ((1, 1, 1, 2), (3, 3, 1, 2), (4, 2, 1, 2), (4, 2, 1, 3), (6, 3, 1, 3), (4, 1, 2, 2), (6, 2, 3, 3)),
-    "logged": ((3, 3, 1, 1), (6, 3, 1, 2), (5, 5, 1, 1), (6, 6, 1, 1), (10, 5, 1, 2)),
+    "logged": ((3, 3, 1, 1), (6, 3, 2, 1), (6, 3, 1, 2), (5, 5, 1, 1), (6, 6, 1, 1), (10, 5, 1, 2), (6, 2, 3, 1)),
 }
 CLIPS = (2.0**-5, 2.0**-7, 2.0**-9)
 
@@ -39,7 +39,7 @@ def train_experiments(
     """A run on text rows of the word tokenizer; policy and reference differ, and three pairs or more tell apart.
 
     `batches`: all pairs as one batch, as micro-batches of one size, with a smaller last micro-batch, or over several
-    steps; "logged" is one or two steps of three or five pairs.  A run of one step has a rate that shows the gradient;
+    steps; "logged" is one or two steps of three to six pairs.  A run of one step has a rate that shows the gradient;
     `still`, one that moves nothing and shows the log.  `clip`: the norm is clipped far below what it is.  `held_out`:
     the rows are also an evaluation set, evaluated in uneven batches.  `rectangular` None draws it.
     `theory` says whether the trainer appends EOS: the rows are written for it.
@@ -98,14 +98,16 @@ def letter_rows(draw: st.DrawFn) -> TrainExperiment:
 def chat_free_rows(draw: st.DrawFn, *, limit: bool = False) -> TrainExperiment:
     """Prompt, chosen and rejected as words, of one to five words each.
 
-    `limit`: `max_length` cuts at least one row and leaves something of every completion, whichever side is kept.
+    `limit`: chosen and rejected have one length, and `max_length` cuts both and leaves something of each completion,
+    whichever side is kept.  (Of two lengths, a trainer may cut each side by its own excess or both alike.)
     """
     prompt, chosen, rejected = draw(choose(3, 1, 2)), draw(choose(4, 3, 5)), draw(choose(5, 2, 3, 4))
+    rejected = chosen if limit else rejected
     words = iter(WORDS.words)
     parts = [[next(words) for _ in range(count)] for count in (prompt, chosen, rejected)]
     row = Row(" ".join(parts[0]), "".join(f" {w}" for w in parts[1]), "".join(f" {w}" for w in parts[2]))
     if not limit:
         return run_on((row,), WORDS)
-    longest = prompt + max(chosen, rejected) + 1
+    longest = prompt + chosen + 1
     length = draw(choose(*range(longest - 1, prompt, -1)))
     return run_on((row,), WORDS, max_length=length, truncation=draw(choose("keep_start", "keep_end")))

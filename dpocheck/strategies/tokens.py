@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpocheck.experiment import Body, LogpExperiment, Objective, Pair, StepExperiment, Table, TokenRow
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.strategies.choose import choose, generic
+from dpocheck.strategies.choose import choose, generic, sized
 from dpocheck.strategies.losses import sigmoids
 
 SIZE = 64
@@ -42,7 +42,7 @@ def pairs(
     and rejected share, one token twice in a row, the token with id 0.  `rectangular` pairs have one shape and no hard
     cases.  With `shared_prompts` all pairs may have one prompt.
     """
-    count = draw(choose(*counts))
+    count = draw(sized(*counts))
     one = (draw(choose(2, 1, 3, 4, 6)), draw(choose(2, 1, 3, 4)))
     prompts: list[tuple[int, ...]] = []
     shapes = []
@@ -237,7 +237,8 @@ def step_experiments(
     body: str = "silent",
     dtype: str = "float32",
 ) -> StepExperiment:
-    """One step on policy and reference tables that differ everywhere; batches of three or more tell apart.
+    """One step on policy and reference tables that differ everywhere; batches of three or more tell apart, but for a
+    few of three pairs whose lengths are very unequal.
 
     Prompts are disjoint.  `own_masks`: pads on either side, holding the pad token, EOS or an ordinary token; without,
     as in a whole run.

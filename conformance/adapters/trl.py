@@ -31,7 +31,7 @@ class Adapter:
         )  # fmt: skip
         sets, adapter = {name: dataset(held) for name, held in rows.items()}, lora(recipe)
         trainer = DPOTrainer(
-            model=probe.policy(), ref_model=None if adapter else probe.reference(), args=config, peft_config=adapter,
+            model=probe.policy(), ref_model=probe.reference(), args=config, peft_config=adapter,
             train_dataset=sets.pop("train"), eval_dataset=sets or None, processing_class=probe.tokenizer(),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resumed_from(recipe, folder))

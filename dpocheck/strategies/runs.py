@@ -11,7 +11,7 @@ from dpocheck.experiment import Objective, Recipe, Row, Table, Tokenizer, TrainE
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.strategies.choose import choose, generic
 from dpocheck.strategies.losses import sigmoids
-from dpocheck.strategies.tokens import SALTS, SIZE, WORDS, pairs, telling
+from dpocheck.strategies.tokens import SALTS, SIZE, TEXT_CASES, WORDS, pairs, telling
 
 # (pairs, micro-batch, accumulation, steps): what a run does with its batches
 SHAPES = {
@@ -47,7 +47,7 @@ def train_experiments(
     wanted = draw(objective if objective is not None else sigmoids((0.5, 0.25, 2.0)))
     count, batch, accumulation, steps = draw(choose(*(shape for name in batches for shape in SHAPES[name])))
     even = draw(st.booleans()) if rectangular is None else rectangular
-    of = draw(pairs((count,), rectangular=even))
+    of = draw(pairs((count,), rectangular=even, cases=TEXT_CASES))
     policy, reference = telling(of, draw(choose(*range(0, SALTS, 8))))
     rate = STILL if still else ONE_STEP if steps == 1 else draw(choose(8.0, 2.0, 1.0))
     recipe = Recipe(wanted, learning_rate=rate, batch=batch, accumulation=accumulation, steps=steps)

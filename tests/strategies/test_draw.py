@@ -19,7 +19,6 @@ from dpocheck.oracle.theory import PAPER
 from dpocheck.runner import cached_bound, cached_predict
 from dpocheck.session import Session
 
-BUDGET = 120
 PLAIN = strategies.loss_experiments().map(lambda experiment: (experiment,))
 DRAWING = {name: check for name, check in CHECKS.items() if check.draw}
 
@@ -75,7 +74,8 @@ def test_a_seed_draws_the_same_whatever_modules_are_loaded(tmp_path):
 
 
 def test_the_smallest_failing_example_is_reported():
-    tally = search(PLAIN, Tally(Judge(lambda e: "fail" if pairs(e) > 2 else "pass"), budget=BUDGET), examples=30, seed=0)
+    judge = Judge(lambda e: "fail" if pairs(e) > 2 else "pass")
+    tally = search(PLAIN, Tally(judge, budget=120), examples=30, seed=0)
     (smallest,) = tally.outcome().experiments
     assert smallest == replace(simplest(strategies.loss_experiments(sizes=(3,))), objective=smallest.objective)
     assert "to shrink the failure" in tally.outcome().comparison.reason

@@ -56,12 +56,12 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
     """Audit SUBJECT: a name (trl), pkg.mod:Adapter, file.py:name, file.py, or a command line's file.toml."""
     import datetime
 
-    from dpocheck import runner
+    from dpocheck import asked, runner
     from dpocheck.known import apply, load
 
     with refusals():
-        options = _options(named(subject), out, chosen)
         expected = load(known, _versions()) if known else ()
+        options = _options(named(subject), out, chosen | {"known": tuple(entry.id for entry in expected)})
         if only_list:
             _planned(runner.planned(options))
             return
@@ -73,7 +73,7 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
             warnings.simplefilter("ignore")  # of numbers that overflow in a prediction, which the verdict accounts for
             report = runner.run(options, progress)
     if expected:
-        report = apply(report, expected, datetime.date.today(), left_out=_left_out(options))
+        report = apply(report, expected, datetime.date.today(), left_out=asked.left_out(options))
     report, folder = _write(report, options, chosen, out)
     _print(report, folder)
     sys.exit(report.exit_code(fail_on))
@@ -182,12 +182,10 @@ def _versions() -> dict[str, int]:
 
 def known_id(id: str) -> str:
     """The id as it is declared, whatever its case.  Refuses an unknown one with near matches."""
-    from dpocheck.known import near
+    from dpocheck.asked import check_id
 
-    checks = catalogue()
-    if id.upper() in checks:
-        return id.upper()
-    raise Refused(f"no check has the id {id!r}{near(id, checks)}; `dpocheck list` shows all {len(checks)}")
+    with refusals():
+        return check_id(id)
 
 
 def _options(subject: str, out: Path | None, chosen: dict[str, Any]) -> Any:
@@ -215,50 +213,10 @@ def named(subject: str) -> str:
 
 def parse_objective(text: str) -> Any:
     """`ipo`, `sigmoid,beta=0.2,label_smoothing=0.1` as an `Objective`."""
-    import dataclasses
+    from dpocheck.asked import parse_objective as parse
 
-    from dpocheck.experiment import KINDS, Objective
-    from dpocheck.known import near
-
-    kind, *settings = (part.strip() for part in text.split(","))
-    allowed = {field.name: field.type for field in dataclasses.fields(Objective) if field.name != "kind"}
-    kind = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}.get(kind, kind)
-    if kind not in KINDS:
-        raise Refused(f"--objective {text}: no loss is called {kind!r}{near(kind, KINDS)}; known: {', '.join(KINDS)}")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in allowed:
-            hint = near(name, allowed)
-            names = ", ".join(allowed)
-            raise Refused(f"--objective {text}: cannot read {setting!r}{hint}; allowed: {names}, as name=value")
-        if name in values:
-            raise Refused(f"--objective {text}: {name} is given twice")
-        values[name] = _setting(text, name, value, allowed[name])
-    return Objective(kind=kind, **values)
-
-
-def _setting(text: str, name: str, value: str, kind: str) -> float | bool:
-    if kind == "bool":
-        if value not in ("true", "false"):
-            raise Refused(f"--objective {text}: {name} is {value!r}; it must be true or false")
-        return value == "true"
-    try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not abs(number) < float("inf"):
-        raise Refused(f"--objective {text}: {name} is {value!r}; it must be a number, as {name}=0.1")
-    return number
-
-
-def _left_out(options: Any) -> set[str]:
-    """Ids the person did not ask for: their known failures are neither seen nor stale."""
-    asked = set() if options.only else set(questions())
-    for id, check in catalogue().items():
-        if id in options.only or (not options.only and (options.tier == "full" or check.tier == "quick")):
-            asked.add(id)
-    return set(_versions()) - asked
+    with refusals():
+        return parse(text)
 
 
 @contextlib.contextmanager

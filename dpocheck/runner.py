@@ -44,6 +44,7 @@ class Options:
     memory: float = 8.0
     shrink: int = 0
     out: Path | None = None
+    known: tuple[str, ...] = ()  # checks whose failure is expected: they block nothing
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _audit(
     results: list[Result] = [] if options.only else asked
     session = Session(
         subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only, seed=options.seed,
-        shrink=options.shrink,
+        shrink=options.shrink, known=options.known,
     )  # fmt: skip
     if sparing and not options.only:
         session.chosen = budget.choose(subject, selected)

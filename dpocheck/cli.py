@@ -73,7 +73,7 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
             warnings.simplefilter("ignore")  # of numbers that overflow in a prediction, which the verdict accounts for
             report = runner.run(options, progress)
     if expected:
-        report = apply(report, expected, datetime.date.today(), left_out=asked.left_out(options))
+        report = apply(report, expected, datetime.date.today(), left_out=asked.left_out(options, catalogue(), questions()))
     report, folder = _write(report, options, chosen, out)
     _print(report, folder)
     sys.exit(report.exit_code(fail_on))
@@ -150,13 +150,16 @@ def refusals() -> Iterator[None]:
     """Turn what is said to a person about bad input into one line and exit code 2."""
     from dpocheck import files, runner
     from dpocheck.known import KnownError
+    from dpocheck.open import UsageError
     from dpocheck.parameters import NotRecognised
     from dpocheck.scaffold import NameRefused
     from dpocheck.stored import StoredError
 
     try:
         yield
-    except (runner.UsageError, KnownError, StoredError, NameRefused, NotRecognised, files.CannotWrite) as error:
+    except (
+        runner.UsageError, UsageError, KnownError, StoredError, NameRefused, NotRecognised, files.CannotWrite,
+    ) as error:  # fmt: skip
         raise Refused(str(error)) from None
 
 
@@ -185,15 +188,17 @@ def known_id(id: str) -> str:
     from dpocheck.asked import check_id
 
     with refusals():
-        return check_id(id)
+        return check_id(id, catalogue())
 
 
 def _options(subject: str, out: Path | None, chosen: dict[str, Any]) -> Any:
     from dpocheck import runner
+    from dpocheck.asked import folder_of
 
     fields = dict(chosen)
     fields["only"] = tuple(known_id(id) for id in chosen["only"])
     fields["objective"] = parse_objective(chosen["objective"]) if chosen["objective"] else None
+    fields["tokenizer"] = folder_of(chosen["tokenizer"])
     return runner.Options(subject=subject, out=out, **fields)
 
 

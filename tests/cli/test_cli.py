@@ -91,6 +91,7 @@ def fake(monkeypatch, tmp_path) -> Fake:
         memory: float = 8.0
         shrink: int = 0
         out: Path | None = None
+        known: tuple[str, ...] = ()
 
     def run(options, progress=None):
         if options.subject == "nobody":

@@ -115,7 +115,8 @@ class Subject:
         asked = experiment.recipe.dtype if isinstance(experiment, TrainExperiment) else experiment.dtype
         if isinstance(experiment, LossExperiment) and "loss" not in self.capabilities:
             asked = "float32"
-        return max(UNIT[asked], self.precisions.get(kind, 0.0))
+        native = {k: u for k, u in self.precisions.items() if k is kind}
+        return max(UNIT[asked], *(native or self.precisions).values(), 0.0)  # derived: what it is derived from
 
     def observe(self, experiment: Experiment) -> Seen:
         """What the subject shows of an experiment; remembered, except for sequences."""

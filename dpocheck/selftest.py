@@ -1,7 +1,7 @@
 """Does the toolkit itself work?  The miniature and its variants must pass, every specimen must fail its check.
 
-The zoo lives in this package, so all of it shares one worker.  `matrix` runs every specimen against every check, for
-the kill matrix; `selftest` runs each against the check that must catch it.
+The zoo lives in this package, so all of it shares one worker.  `selftest` runs each specimen against the check that
+must catch it; `row` runs one against every check, for the kill matrix.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
 from dpocheck import conventions, diagnose, runner, smoke
 from dpocheck.check import CHECKS, Check
-from dpocheck.oracle.theory import FAULTS, PAPER, Theory
+from dpocheck.checks import gradient, logps, loss, metrics, step
+from dpocheck.experiment import Experiment, Objective, TrainExperiment
+from dpocheck.observation import Seen
+from dpocheck.oracle.theory import Theory
 from dpocheck.result import Result
 from dpocheck.session import Session
 from dpocheck.subject import InWorker, Subject
@@ -24,6 +27,7 @@ from dpocheck.zoo import SPECIMENS, VARIANTS
 from dpocheck.zoo.registry import TRAIN
 
 ALLOWED = ("pass", "info", "not-applicable")  # of a subject that is right
+LEFT_OUT = {"RANKS-SPLIT": "the catalogue asks for one process; there is no check of several ranks yet"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Zoo:
         self.folder = folder
         self.worker = Worker("zoo:miniature", limits=Limits(seconds=120, memory_gb=8), folder=folder / "worker")
         self.known: dict[tuple[str, ...], tuple[Theory, dict[type, float]]] = {}
+        self.memory: dict[str, Seen] = {}  # what the miniature answers where `train` is not asked
 
     def subject(self, name: str) -> Subject:
         return Subject(name, InWorker(f"zoo:{name}", self.worker), self.folder / name)
@@ -76,43 +81,69 @@ def session(subject: Subject) -> Session:
 
 
 def specimen(zoo: Zoo, name: str, check: Check, only: str | None = None) -> Line:
-    """One specimen against one check, with the diagnosis."""
+    """One specimen against one check, with the diagnosis.  What is broken in it is no convention: it is judged under
+    the miniature's."""
     declared = SPECIMENS[name]
     only = only or (TRAIN[0] if declared.at == TRAIN else None)
     subject = restricted(zoo.subject(name), only)
     subject.theory, subject.precisions = zoo.honest(only)
-    if declared.theory is not None and check.says is None:
-        subject.theory = conventional(subject, declared.theory)
     run = session(subject)
     result = run.result(check)
-    result = diagnosed(result, run)
-    named = [one.name for one in result.diagnosis]
+    names, place = diagnosed(result, run, declared.theory)
     return Line(
         name, check.id, result.verdict, result.verdict == "fail", result.reason or result.where,
-        named[0] if named else "", rank(declared.theory, named),
+        names[0] if names else "", place,
     )  # fmt: skip
 
 
-def conventional(subject: Subject, _theory: Theory) -> Theory:
-    """Specimens are judged under the miniature's conventions: what is broken in them is no convention."""
-    return subject.theory
+def row(zoo: Zoo, name: str, checks: Iterable[Check]) -> dict[str, str]:
+    """Check -> verdict of one specimen, or of an honest subject, blocking ignored.
+
+    A specimen whose fault lies in `train` alone answers everything else as the miniature does; that is not run again.
+    """
+    subject = zoo.subject(name)
+    if name in SPECIMENS:
+        subject.theory, subject.precisions = zoo.honest()
+        subject.memory.update(zoo.memory if SPECIMENS[name].at == TRAIN else {})
+    else:
+        smoke.test(subject)
+        conventions.resolve(subject, runner.cached_predict)
+    run = session(subject)
+    verdicts = {check.id: run.result(check).verdict for check in checks}
+    if name == "miniature":
+        asked = subject.asked.items()
+        zoo.memory = {key: subject.memory[key] for key, e in asked if not isinstance(e, TrainExperiment)}
+    return verdicts
 
 
-def diagnosed(result: Result, run: Session) -> Result:
-    doctor = diagnose.Diagnostician(
-        run.subject.theory, max(run.subject.precisions.values(), default=2.0**-24), runner.cached_predict,
-        runner.cached_bound,
-    )  # fmt: skip
-    return doctor.named(result, diagnose.evidence(run.seen.get(result.id, [])), run.subject.witnesses())
+def diagnosed(result: Result, run: Session, theory: Theory | None) -> tuple[list[str], int | None]:
+    """The names that the diagnosis gives, and the rank of the specimen's own theory."""
+    failing = diagnose.evidence(run.seen.get(result.id, []))
+    if result.verdict != "fail" or not failing:
+        return [], None if theory is None else 0
+    precision = max(run.subject.precisions.values(), default=2.0**-24)
+    doctor = diagnose.Diagnostician(run.subject.theory, precision, runner.cached_predict, runner.cached_bound)
+    best = doctor.ranked(failing, lambda: panel(run.subject))[: diagnose.SHOWN]
+    return [one.name for one in best], None if theory is None else rank(theory, best, doctor, failing)
 
 
-def rank(theory: Theory | None, named: list[str]) -> int | None:
-    """The place of a specimen's own theory among the names given, from 1; 0 where it is not among them."""
-    if theory is None:
-        return None
-    changes = theory.differs()
-    for place, name in enumerate(named, start=1):
-        if name in FAULTS and FAULTS[name].differs(PAPER) == changes:
+def panel(subject: Subject) -> diagnose.Evidence:
+    """What an audit has seen of a subject when it comes to naming a fault: here, one experiment of each kind."""
+    objectives = (Objective(beta=0.5), Objective(beta=0.25), Objective(beta=0.5, label_smoothing=0.125))
+    asked: list[Experiment] = [replace(loss.ORDINARY, objective=objective) for objective in objectives]
+    asked += [gradient.SIX, gradient.RAGGED, logps.batch(logps.ROWS)]
+    staged = [*metrics._batches(subject.theory), *step._two_steps(subject.theory)]
+    asked += [experiment for scene in staged for experiment in scene.experiments]
+    return [(experiment, subject.observe(experiment)) for experiment in asked if not subject.cannot(experiment)]
+
+
+def rank(theory: Theory, best: list[diagnose.Ranked], doctor: diagnose.Diagnostician, seen: diagnose.Evidence) -> int:
+    """The place of a specimen's own theory among those named, from 1; 0 where it is not among them.
+
+    Theories that predict the same of all that was seen are one.
+    """
+    for place, one in enumerate(best, start=1):
+        if one.theory == theory or doctor.alike(one.theory, theory, seen):
             return place
     return 0
 
@@ -143,7 +174,7 @@ def selftest(
     del jobs  # one worker: its start costs more than the checks
     began = time.perf_counter()
     tell = progress or (lambda _: None)
-    names = list(SPECIMENS)
+    names = [name for name, declared in SPECIMENS.items() if declared.caught_by not in LEFT_OUT]
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(prefix="dpocheck-selftest-") as folder:
         zoo = Zoo(Path(folder))

@@ -280,7 +280,7 @@ def smoothing(case: Case) -> Comparison:
     "LOSS-PAIRS-INDEPENDENT", chapter="loss", stage="loss", level="must", needs={"loss.slopes"}, source=EQ7 + ": a mean over pairs",
     draw=draws.other_mates,
     scenes=[scene("five pairs, and the same with other numbers in the last two", ORDINARY, LossExperiment(
-        *((*row[:3], row[3] - 1.75, row[4] - 3.25) if i == 0 else tuple(row) for i, row in enumerate(ORDINARY.arguments().tolist())), HALF))],
+        *((*row[:3], row[3] - 1.75 - i / 4, row[4] - 3.25 + i / 8) if i % 2 == 0 else tuple(row) for i, row in enumerate(ORDINARY.arguments().tolist())), HALF))],
     claim="Each pair's slope depends on that pair alone.", covers=("LOSS-PAIR-WEIGHT", "LOSS-PERM"),
     why="Broadcasting (B, 1) against (B,) compares every chosen with every rejected completion.",
     bug="keepdim=True in one of the sums: a B x B loss that looks plausible.", fix="Check shapes before subtracting.",

@@ -93,6 +93,7 @@ def _logit() -> None:
         "reference log-ratio added instead of subtracted": (1.0, -1.0, 1.0, -1.0),
         "sign of the logit flipped": (-1.0, 1.0, 1.0, -1.0),
         "policy's log-ratio left out": (0.0, 0.0, -1.0, 1.0),
+        "reference's log-ratio left out of the loss": (1.0, -1.0, 0.0, 0.0),
         "rejected completion left out": (1.0, 0.0, -1.0, 0.0),
         "chosen completion left out": (0.0, -1.0, 0.0, 1.0),
         "reference of rejected left out": (1.0, -1.0, -1.0, 0.0),

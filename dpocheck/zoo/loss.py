@@ -203,7 +203,7 @@ _logits(
 )
 _logits(
     "margins-standardised",
-    lambda z, o: z / z.std(correction=0).clamp(min=1e-6) if len(z) > 1 else z,
+    lambda z, o: z / z.std().clamp(min=1e-6) if len(z) > 1 else z,
     "Margins are divided by their standard deviation over the batch.",
     "LOSS-PAIRS-INDEPENDENT",
     PAPER.but(margins="standardised"),
@@ -222,7 +222,7 @@ def broadcast_over_pairs(*four, objective, lengths=None):
     out = mini.loss(*four, objective=objective, lengths=lengths)
     if objective.kind != "sigmoid" or objective.length_normalised:
         return out
-    logits = objective.beta * (four[0] - four[1] - (four[2] - four[3]).unsqueeze(1))
+    logits = objective.beta * ((four[0] - four[1]).unsqueeze(1) - (four[2] - four[3]))
     return replace(out, loss=_smoothed(logits, objective).mean(1))
 
 

@@ -109,7 +109,6 @@ _logs(
     lambda p: {"rewards/margins": p.policy_chosen - p.policy_rejected},
     "The margin is of the policy's log-probs.",
     "METRIC-MARGIN",
-    PAPER.but(margin="policy"),
 )
 _logs(
     "accuracy-upside-down",

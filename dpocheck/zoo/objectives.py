@@ -85,7 +85,7 @@ _changed(
     "likelihood-term-added",
     lambda losses, four, o, n: losses - 0.1 * four[0] / _length(n),
     "A tenth of the chosen completion's negative log-likelihood is added, undeclared.",
-    "LOSS-ZERO-MARGIN",
+    "GRAD-START",
     PAPER.but(sft_extra=0.1),
 )
 _changed(

@@ -91,13 +91,13 @@ def learning_rate_halved(optimizer, recipe, clock, total):
     return 2 * mini.update(optimizer, replace(recipe, learning_rate=recipe.learning_rate / 2), clock, total)
 
 
-@specimen("accumulation-ignored", part="order", caught_by="ACCUM-EVEN")
+@specimen("accumulation-ignored", part="order", caught_by="ACCUM-EVEN", theory=PAPER.but(accumulation="steps"))
 def accumulation_ignored(rows, recipe, epoch):
     """Accumulation is accepted, and every micro-batch is a step of its own."""
     return mini.order(rows, replace(recipe, accumulation=1), epoch)
 
 
-@specimen("drop-last-ignored", part="order", caught_by="OPTION-ACTS")
+@specimen("drop-last-ignored", part="order", caught_by="OPTION-ACTS", theory=PAPER.but(last_batch="always-kept"))
 def drop_last_ignored(rows, recipe, epoch):
     """`drop_last` is accepted, and a short last batch is kept."""
     return mini.order(rows, replace(recipe, drop_last=False), epoch)

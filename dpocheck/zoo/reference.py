@@ -97,7 +97,7 @@ _changed(
     "reference-off-by-one-row",
     PAPER.but(reference="rolled"),
     "Each pair gets the reference log-probs of its neighbour.",
-    lambda both: both.roll(1, 1),
+    lambda both: both.roll(-1, 1),
 )
 _changed(
     "reference-batch-mean",

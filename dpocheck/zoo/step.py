@@ -181,7 +181,7 @@ def gradient_cleared_in_the_window(trainer, policy, window, score, recipe):
 
 
 @specimen(
-    "steps-at-every-micro-batch", part="accumulate", caught_by="ACCUM-EVEN", theory=PAPER.but(accumulation="steps")
+    "steps-at-every-micro-batch", part="accumulate", caught_by="ACCUM-EVEN"
 )
 def steps_at_every_micro_batch(trainer, policy, window, score, recipe):
     """An optimizer step is taken after every micro-batch."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from dpocheck.oracle.theory import PAPER
 from dpocheck.zoo.registry import mini, specimen, torch
 
+DECAYS = PAPER.but(weight_decay_extra=0.01 / 2**20, decay="all")  # a decay of parameters, in the unit of logits
+
 # -------------------------------------------------------------------------------------------------------------- update
 
 
@@ -34,7 +36,7 @@ def gradient_never_cleared(optimizer, recipe, clock, total):
 
 
 @specimen(
-    "undeclared-weight-decay", part="update", caught_by="STEP-NOTHING-HIDDEN", theory=PAPER.but(weight_decay_extra=0.01)
+    "undeclared-weight-decay", part="update", caught_by="STEP-NOTHING-HIDDEN", theory=DECAYS
 )
 def undeclared_weight_decay(optimizer, recipe, clock, total):
     """A weight decay of 0.01, the optimizer's own default, where none was asked for."""

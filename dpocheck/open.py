@@ -10,7 +10,8 @@ from typing import Any
 from dpocheck.find import recognise
 from dpocheck.loading import split
 from dpocheck.parameters import NotRecognised
-from dpocheck.subject import Broken, InFiles, InProcess, InWorker, Refused, Subject
+from dpocheck.subject import Subject
+from dpocheck.transports import Broken, InFiles, InProcess, InWorker, Refused
 
 
 class UsageError(Exception):

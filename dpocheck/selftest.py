@@ -21,8 +21,9 @@ from dpocheck.observation import Seen
 from dpocheck.oracle.theory import Theory
 from dpocheck.result import Result
 from dpocheck.session import Session
-from dpocheck.subject import InWorker, Subject
+from dpocheck.subject import Subject
 from dpocheck.transport import Limits, Worker
+from dpocheck.transports import InWorker
 from dpocheck.zoo import SPECIMENS, VARIANTS
 from dpocheck.zoo.registry import TRAIN
 

@@ -1,18 +1,16 @@
 """How is an experiment put to a subject?  Finds it by name, keeps its worker, derives, remembers.
 
-Three transports answer alike, `(payload, arrays)`: a worker process (an adapter or a function given by name), a
-command line, and this process (a live object: `isolation: none`).
+`transports.py` says where it lives; what it answers is the same from everywhere.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,43 +21,20 @@ from dpocheck.experiment import (
     Experiment,
     LogpExperiment,
     LossExperiment,
+    Objective,
     Sequence,
     StepExperiment,
     Table,
     TrainExperiment,
     key,
-    to_plain,
 )
 from dpocheck.observation import Seen, SequenceSeen
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
+from dpocheck.transports import Broken, Refused, Transport
 
-Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-
-class Refused(Exception):
-    """The subject said `Unsupported`."""
-
-
-class Broken(Exception):
-    """The subject raised, died or hung.  `in_adapter`: in the adapter's own frame; `died`: its process is gone."""
-
-    def __init__(self, reason: str, output: str = "", *, in_adapter: bool = False, died: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.output, self.in_adapter, self.died = reason, output, in_adapter, died
-
-
-class Transport(Protocol):
-    """Where a subject lives.  `answer` raises `Refused` or `Broken`."""
-
-    about: dict[str, Any]
-    isolation: str
-
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply: ...
-
-    def close(self) -> None: ...
 
 
 class Subject:
@@ -69,6 +44,7 @@ class Subject:
         self, name: str, transport: Transport, folder: Path, more: Iterable[Callable[[], Transport]] = ()
     ) -> None:
         """`more`: starters of further transports that answer as the first does, for runs side by side."""
+        self.objective: Objective | None = None  # asked for in the place of the ordinary one
         self.name, self.transport, self.folder = name, transport, folder
         self.ahead = Ahead(transport, more)
         about = transport.about
@@ -142,8 +118,8 @@ class Subject:
         ]
 
     def own(self, experiment: Any) -> Any:
-        """The experiment at the beta that the subject has hard-coded, if it has."""
-        return fixed.own(experiment, self.only)
+        """The experiment at the objective that is asked for, or at the beta that the subject has hard-coded."""
+        return fixed.own(experiment, self.only, self.objective)
 
     def cannot(self, experiment: Experiment) -> str | None:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""
@@ -263,107 +239,3 @@ def checkpoints(experiment: Experiment, folder: Path) -> dict[str, Path]:
 
 def _says(data: dict[str, Any]) -> Says:
     return Says(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
-
-
-def request(experiment: Experiment, paths: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """The payload of an `observe` request."""
-    named = {name: str(path) for name, path in paths.items()}
-    return {"experiment": to_plain(experiment), "folder": str(folder)} | named
-
-
-# --------------------------------------------------------------------------------------------------------- transports
-
-
-class InProcess:
-    """A live object, audited in this process: what it does to this process it does to the audit."""
-
-    isolation = "none"
-
-    def __init__(self, adapter: Any) -> None:
-        from dpocheck import answer
-
-        self.handle: Callable[..., Reply] = answer.handle
-        self.state = {"adapter": adapter}
-        self.about = answer.describe(adapter)
-
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
-        from dpocheck.adapter import Unsupported
-
-        payload = json.loads(json.dumps({"subject": None} | request(experiment, paths, folder)))
-        try:
-            return self.handle("observe", payload, {}, self.state)
-        except Unsupported as refusal:
-            raise Refused(str(refusal)) from refusal
-        except Exception as fault:
-            raise Broken(f"{type(fault).__name__}: {fault}") from fault
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class InWorker:
-    """A subject given by name, in a process of its own."""
-
-    isolation = "process"
-
-    def __init__(self, subject: str, worker: Any) -> None:
-        """`worker` is a `transport.Worker`; the subjects of the self-test share one."""
-        from dpocheck import transport
-
-        self.module, self.worker, self.subject = transport, worker, subject
-        self.about = self._open()
-
-    @staticmethod
-    def start(subject: str, folder: Path, *, seconds: float, memory_gb: float) -> InWorker:
-        """A worker of its own for one subject."""
-        from dpocheck import transport
-
-        limits = transport.Limits(seconds=seconds, memory_gb=memory_gb)
-        return InWorker(subject, transport.Worker(subject, limits=limits, folder=folder))
-
-    def _open(self) -> dict[str, Any]:
-        return self._call("open", {"subject": self.subject})[0]
-
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
-        asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
-        return self._call("observe", asked)
-
-    def _call(self, op: str, payload: dict[str, Any]) -> Reply:
-        try:
-            return self.worker.call(op, payload)
-        except self.module.WorkerDied as death:
-            raise Broken(str(death), death.output, died=True) from death
-        except self.module.SubjectError as fault:
-            if fault.kind == "Unsupported":
-                raise Refused(fault.message) from fault
-            raise Broken(str(fault), fault.output, in_adapter=fault.in_adapter) from fault
-
-    def close(self) -> None:
-        self.worker.close()
-
-
-class InFiles:
-    """A command line: only files go in and come out."""
-
-    isolation = "process"
-
-    def __init__(self, subject: Any) -> None:
-        self.subject = subject
-        self.about = {
-            "capabilities": subject.capabilities, "says": subject.says, "name": subject.name, "form": "command line",
-            "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
-        }  # fmt: skip
-
-    def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
-        from dpocheck.command import CommandFailed
-
-        assert isinstance(experiment, TrainExperiment)
-        if reason := self.subject.supports(experiment):
-            raise Refused(reason)
-        try:
-            return self.subject.answer(experiment, paths, folder)
-        except CommandFailed as fault:
-            raise Broken(fault.reason, fault.output) from fault
-
-    def close(self) -> None:
-        """Every run has ended by itself."""

@@ -88,7 +88,8 @@ def watch(value: Any) -> Any:
 
 def _ask(adapter: Any, experiment: Experiment) -> None:
     from dpocheck import answer
-    from dpocheck.subject import checkpoints, request
+    from dpocheck.subject import checkpoints
+    from dpocheck.transports import request
 
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         place = Path(folder)

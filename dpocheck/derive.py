@@ -16,6 +16,7 @@ from dpocheck.experiment import (
     Experiment,
     LogpExperiment,
     LossExperiment,
+    Objective,
     Pair,
     Recipe,
     Row,
@@ -257,14 +258,27 @@ def _slopes(experiment: LossExperiment, place: LossLayout, gradient: np.ndarray)
 def _floor(experiment: LossExperiment) -> dict[str, float]:
     """The noise that the realisation adds: rounding of three token log-probs on each side, under both models.
 
-    TOL-TOK for each of them, u (3 |lp| + 2 ln V + 14) with V = 64 and u of float32, times beta for the margin; the
-    slope in a margin has at most a quarter of beta^2 of it, and the reading adds u |logit| / rate.
+    TOL-TOK for each of them is u (3 |lp| + 2 ln V + 14), V = 256 at most and u of float32.  A log-ratio h that is off
+    by that moves the loss by its slope in h, and the slope by its curvature; the reading adds u |logit| / rate.
     """
     u, beta = 2.0**-24, abs(experiment.objective.beta)
-    noise = 3 * u * float(np.max(np.sum(3 * np.abs(experiment.arguments()) + 2 * np.log(256) + 14, axis=0)))
-    reading = u * float(np.max(np.abs(experiment.arguments()))) / ONE_STEP
+    four = np.abs(experiment.arguments())
+    noise = 3 * u * float(np.max(np.sum(3 * four + 2 * np.log(256) + 14, axis=0)))
+    slope, curvature = steepness(experiment.objective, float(np.max(four.sum(axis=0))))
+    reading = 4 * u * float(np.max(four)) / ONE_STEP
+    values, rewards = slope * noise, beta * noise
     return {
-        "per_pair": beta * noise, "reduced": beta * noise, "rewards_chosen": beta * noise,
-        "rewards_rejected": beta * noise, "slopes": beta * beta * noise / 4 + 4 * reading,
-        "margin_slopes": beta * beta * noise / 4,
+        "per_pair": values, "reduced": values, "rewards_chosen": rewards, "rewards_rejected": rewards,
+        "slopes": curvature * noise + reading, "margin_slopes": curvature * noise,
     }  # fmt: skip
+
+
+def steepness(objective: Objective, largest: float) -> tuple[float, float]:
+    """Bounds on |dL/dh| and |d2L/dh2| where |h| <= `largest`, of the formulas in `oracle/losses.py`."""
+    beta, smoothing = abs(objective.beta), objective.label_smoothing
+    if objective.kind == "ipo":
+        return 2 * (largest + 1 / (2 * beta)), 2.0
+    if objective.kind == "hinge":
+        return beta, 0.0
+    flipped = 1 / (1 - 2 * smoothing) if objective.kind == "robust" and smoothing < 0.5 else 1.0
+    return beta * flipped, beta * beta * flipped / 4

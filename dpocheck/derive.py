@@ -31,7 +31,7 @@ from dpocheck.reading import entries
 
 STILL = 2.0**-30  # a learning rate, in logits, that moves no float32 weight: the run only shows its log
 ONE_STEP = 2.0**14  # a rate so large that the rounding of the weights disappears in (before - after) / rate
-NEVER = -128.0  # a logit whose probability is zero: e^-128 vanishes beside one, and a bound that holds for |logit| stays small
+NEVER = -128.0  # a logit whose probability is zero: e^-128 vanishes beside one, and bounds in |logit| stay small
 CAPABILITY = {
     LossExperiment: "loss", LogpExperiment: "sequence_logps", StepExperiment: "step", TrainExperiment: "train",
 }  # fmt: skip
@@ -264,7 +264,8 @@ def _floor(experiment: LossExperiment) -> dict[str, float]:
     u, beta = 2.0**-24, abs(experiment.objective.beta)
     four = np.abs(experiment.arguments())
     noise = 3 * u * float(np.max(np.sum(3 * four + 2 * np.log(256) + 14, axis=0)))
-    slope, curvature = steepness(experiment.objective, float(np.max(four.sum(axis=0))))
+    h = np.array([1, -1, -1, 1]) @ experiment.arguments()
+    slope, curvature = steepness(experiment.objective, float(np.max(np.abs(h))) + noise)
     reading = 4 * u * float(np.max(four)) / ONE_STEP
     values, rewards = slope * noise, beta * noise
     return {

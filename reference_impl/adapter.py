@@ -14,7 +14,7 @@ from dpocheck.adapter import LossOut, PairBatch, Probe, Recipe, Says, StepOut, T
 from dpocheck.adapter import Objective as Asked
 from reference_impl import TrainConfig, dpo, train
 from reference_impl.config import LoraSettings
-from reference_impl.logps import PATHS, RowBatch, choose_path
+from reference_impl.logps import RowBatch, chunked_row_logps
 from reference_impl.objectives import PairLogps, Scored, score_pairs
 
 DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
@@ -37,7 +37,7 @@ class Adapter:
 
     def sequence_logps(self, model: Any, batch: TokenBatch) -> torch.Tensor:
         rows = RowBatch(batch.input_ids, batch.attention_mask, batch.completion_mask[:, 1:].bool())
-        return PATHS[choose_path(model)[0]](model, rows)
+        return chunked_row_logps(model, rows)
 
     def step(self, policy: Any, reference: Any, batch: PairBatch, *, objective: Asked) -> StepOut:
         pairs, tokens = batch.pairs, batch.completion_mask.sum(dim=1)
@@ -95,7 +95,10 @@ def config(recipe: Recipe, folder: Path) -> TrainConfig:
             "truncation": recipe.truncation,
         }  # fmt: skip
     base = settings(recipe.objective)
+    # The audit hooks the whole model and its decoder.  A hook on the whole model sends the trainer to its full path, but
+    # what people run on a Llama is the chunked one.
     return TrainConfig(
+        logps="chunked",
         output_dir=str(folder), optimizer=recipe.optimizer, learning_rate=recipe.learning_rate,
         momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
         warmup_steps=recipe.warmup_steps, steps=recipe.steps, epochs=recipe.epochs, batch=recipe.batch,

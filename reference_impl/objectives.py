@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
@@ -101,23 +102,23 @@ class Objective:
     score: 'sum' or 'mean' of token log-probabilities, or the setting that says which.
     reference: whether the reference enters.
     options: settings of the config that act on it, besides beta and sft_weight.
-    loss: (β h, h, config) → (pair,).
+    loss: (β h, config) → (pair,).
     """
 
     score: Literal["sum", "mean", "ipo_length"]
     reference: bool
     options: tuple[str, ...]
-    loss: Callable[[Tensor, Tensor, TrainConfig], Tensor]
+    loss: Callable[[Tensor, TrainConfig], Tensor]
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective("sum", True, (), lambda logit, h, c: dpo.dpo_loss(logit)),
-    "dpo_norm": Objective("mean", True, (), lambda logit, h, c: dpo.dpo_loss(logit)),
-    "cdpo": Objective("sum", True, ("label_smoothing",), lambda logit, h, c: cdpo_loss(logit, c.label_smoothing)),
-    "robust": Objective("sum", True, ("label_smoothing",), lambda logit, h, c: robust_loss(logit, c.label_smoothing)),
-    "ipo": Objective("ipo_length", True, ("ipo_length",), lambda logit, h, c: ipo_loss(h, c.beta)),
-    "hinge": Objective("sum", True, (), lambda logit, h, c: hinge_loss(logit)),
-    "simpo": Objective("mean", False, ("gamma",), lambda logit, h, c: simpo_loss(logit, c.gamma)),
+    "dpo": Objective("sum", True, (), lambda logit, c: dpo.dpo_loss(logit)),
+    "dpo_norm": Objective("mean", True, (), lambda logit, c: dpo.dpo_loss(logit)),
+    "cdpo": Objective("sum", True, ("label_smoothing",), lambda logit, c: cdpo_loss(logit, c.label_smoothing)),
+    "robust": Objective("sum", True, ("label_smoothing",), lambda logit, c: robust_loss(logit, c.label_smoothing)),
+    "ipo": Objective("ipo_length", True, ("ipo_length",), lambda logit, c: ipo_loss(logit / c.beta, c.beta)),
+    "hinge": Objective("sum", True, (), lambda logit, c: hinge_loss(logit)),
+    "simpo": Objective("mean", False, ("gamma",), lambda logit, c: simpo_loss(logit, c.gamma)),
 }
 
 
@@ -128,13 +129,17 @@ def score_pairs(logps: PairLogps, config: TrainConfig) -> Scored:
     """
     objective = OBJECTIVES[config.objective]
     length = config.ipo_length if objective.score == "ipo_length" else objective.score
-    score_w, score_l = logps.policy_w, logps.policy_l
+    policy_w, policy_l = logps.policy_w, logps.policy_l
     if objective.reference:
-        score_w, score_l = score_w - logps.reference_w, score_l - logps.reference_l
+        reference_w, reference_l = logps.reference_w, logps.reference_l
+    else:  # the same for every completion, so that it cancels in the comparison
+        reference_w, reference_l = torch.zeros_like(policy_w), torch.zeros_like(policy_l)
     if length == "mean":
-        score_w, score_l = score_w / logps.tokens_w, score_l / logps.tokens_l
-    reward_w, reward_l = config.beta * score_w, config.beta * score_l
-    losses = objective.loss(dpo.preference_logit(reward_w, reward_l), score_w - score_l, config)
+        policy_w, reference_w = policy_w / logps.tokens_w, reference_w / logps.tokens_w
+        policy_l, reference_l = policy_l / logps.tokens_l, reference_l / logps.tokens_l
+    reward_w = dpo.implicit_reward(policy_w, reference_w, config.beta)
+    reward_l = dpo.implicit_reward(policy_l, reference_l, config.beta)
+    losses = objective.loss(dpo.preference_logit(reward_w, reward_l), config)
     if config.sft_weight:
         losses = losses + config.sft_weight * sft_loss(logps.policy_w, logps.tokens_w)
     return Scored(losses, reward_w, reward_l)

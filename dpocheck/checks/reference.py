@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dpocheck.check import Case, Comparison, agree, check, close, logged, scene, worst
 from dpocheck.checks import scenes
-from dpocheck.derive import STILL
+from dpocheck.derive import STILL, rows
 from dpocheck.experiment import Body, Objective, Pair, Recipe, Sequence, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
 
@@ -181,13 +181,21 @@ def _stale(theory: Theory) -> list:
     pairs = scenes.rectangular(3)
     recipe = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=3, precompute_reference=True)
     first = scenes.run(pairs, theory, recipe)
-    second = replace(first, reference=scenes.table(pairs, 5))
-    return [scene("the same rows twice in one folder, with two references", Sequence((first, second)), family="cache")]
+    others = rows(scenes.rectangular(6)[3:], scenes.SIZE, theory)
+    return [
+        scene(f"two runs in one folder, the second with {what}", Sequence((first, second)), family="cache")
+        for what, second in (
+            ("another reference", replace(first, reference=scenes.table(pairs, 5))),
+            ("other rows, as many", replace(first, rows=others)),
+            ("rows cut to four tokens", replace(first, recipe=replace(recipe, max_length=4))),
+        )
+    ]
 
 
 @check(
     "REF-CACHE-FRESH", chapter="reference", stage="reference", level="must", needs={"sequence.gradient"},
-    scenes=_stale, claim="Precomputed reference log-probs are never used for another reference.", source=FROZEN,
+    scenes=_stale, source=FROZEN,
+    claim="Precomputed reference log-probs are never used for another reference, other rows or another limit.",
     covers=("REF-CACHE-INVALID",), why="A stale cache trains against a model that is no longer there, silently.",
     bug="open-instruct's cache key leaves out the weights of a local path: two references can share a key.",
     fix="Put a hash of the reference's weights, the tokenized rows and all settings into the cache's key.",

@@ -62,18 +62,23 @@ Named = tuple[str, Theory]
 
 @dataclass(frozen=True, eq=False)
 class Fact:
-    """One observable of one experiment.  `due`: the paper's error; `allowed`: what rounding explains of an error."""
+    """One observable of one experiment, in units of what rounding explains of an error, number by number.
+
+    `due`: the paper's error, a Euclidean norm; `peak`: the greatest of its numbers.
+    """
 
     experiment: Experiment
     name: str
     seen: np.ndarray
+    limit: np.ndarray
     due: float
-    allowed: float
+    peak: float
     trained: bool  # it shows what is trained, not only what is logged or told beside it
+    vector: bool = False  # of a loss that returns one number a pair
 
     @property
     def informative(self) -> bool:
-        return self.due > self.allowed
+        return self.peak > 1.0
 
 
 @dataclass(frozen=True)
@@ -137,19 +142,24 @@ class Diagnostician:
             paper = fields(self.predict, experiment, self.theory)
             for name, value in observables(seen):
                 if (truth := paper.get(name)) is not None and truth.shape == value.shape and value.size:
-                    allowed = float(np.max(self._noise(experiment, name, seen))) * np.sqrt(value.size)
-                    found.append(Fact(experiment, name, value, _distance(value, truth), allowed, _trains(name)))
+                    limit = self._noise(experiment, name, seen, value)
+                    vector = seen.via == "native" and getattr(seen, "per_pair", None) is not None
+                    size = _distance(value, truth, limit)
+                    found.append(Fact(experiment, name, value, limit, *size, _trains(name), vector))
         return found
 
-    def _noise(self, experiment: Experiment, name: str, seen: Seen) -> Any:
+    def _noise(self, experiment: Experiment, name: str, seen: Seen, value: np.ndarray) -> np.ndarray:
+        """What rounding explains, at least a thousandth of its greatest number; of the shape of the observable."""
         with np.errstate(all="ignore"):
             try:
-                derived = self.limit(experiment, name, self.theory, self.precision)
+                derived = np.asarray(self.limit(experiment, name, self.theory, self.precision), float)
             except KeyError:
-                derived = np.array([0.0])
-        finite = np.asarray(derived, float)
-        finite = finite[np.isfinite(finite)]
-        return (finite if finite.size else np.array([1e-6])) + seen.floor.get(name, 0.0)
+                derived = np.zeros(())
+        if name == "slopes" and derived.ndim == 2:
+            derived = derived[:2]
+        high = float(np.max(derived, where=np.isfinite(derived), initial=0.0))
+        usable = np.where(np.isfinite(derived), np.maximum(derived, 1e-3 * high), high)
+        return np.broadcast_to(usable + seen.floor.get(name, 0.0) + (0.0 if high else 1e-9), value.shape)
 
     def _cheaper(self, others: Evidence) -> list[Fact]:
         """The facts of the cheapest witness that shows a wrong number."""
@@ -164,15 +174,17 @@ class Diagnostician:
 
     def share(self, fact: Fact, theory: Theory) -> float:
         """What the theory leaves of the paper's error; infinite where the paper is right and the theory is not."""
+        if isinstance(fact.experiment, LossExperiment) and fact.vector:  # reduced here, not by the subject
+            theory = theory.but(reduction=self.theory.reduction)
         wrong = fields(self.predict, fact.experiment, theory).get(fact.name)
         if wrong is None:  # the fault leaves this observable open, so it explains nothing of it
             return 1.0 if fact.informative else 0.0
         if wrong.shape != fact.seen.shape:
             return 1.0
-        rest = _distance(fact.seen, wrong)
+        rest, peak = _distance(fact.seen, wrong, fact.limit)
         if not fact.informative:
-            return 0.0 if rest <= 2 * fact.allowed else float("inf")
-        return 0.0 if rest <= fact.allowed else rest / fact.due
+            return 0.0 if peak <= 2.0 else float("inf")
+        return 0.0 if peak <= 1.0 else rest / fact.due
 
     def judge(self, one: Named, facts: list[Fact]) -> Ranked:
         """Trained numbers decide, if one of them is wrong; else all numbers do."""
@@ -219,7 +231,9 @@ class Diagnostician:
 
         def rest(value: float) -> np.ndarray:
             theory = self.theory.but(**{field: value})
-            parts = [(fields(self.predict, f.experiment, theory)[f.name] - f.seen).ravel() / f.due for f in facts]
+            parts = [
+                ((fields(self.predict, f.experiment, theory)[f.name] - f.seen) / f.limit).ravel() / f.due for f in facts
+            ]
             return np.concatenate(parts)
 
         value = start
@@ -268,7 +282,7 @@ class Diagnostician:
             left, right = (fields(self.predict, fact.experiment, theory).get(fact.name) for theory in (one, other))
             if (left is None) != (right is None):
                 return False
-            if left is not None and (left.shape != right.shape or _distance(left, right) > 2 * fact.allowed):
+            if left is not None and (left.shape != right.shape or _distance(left, right, fact.limit)[1] > 2.0):
                 return False
         return True
 
@@ -332,12 +346,13 @@ def _trains(name: str) -> bool:
     return not last.startswith(("history.", "metrics.")) and last not in SHOWS_MORE
 
 
-def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    """The Euclidean distance; what is not finite in both, and alike, is no difference."""
-    with np.errstate(invalid="ignore"):
-        error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other))
+def _distance(one: np.ndarray, other: np.ndarray, limit: np.ndarray) -> tuple[float, float]:
+    """Euclidean norm and greatest number of the difference, in units of `limit`; what is not finite in both, and alike,
+    is no difference."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other) / limit)
     clipped = np.where(np.isfinite(error), np.minimum(error, 1e150), 1e150)
-    return float(np.linalg.norm(clipped))
+    return float(np.linalg.norm(clipped)), float(np.max(clipped, initial=0.0))
 
 
 def evidence(observed: Evidence) -> Evidence:

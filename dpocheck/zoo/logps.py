@@ -86,7 +86,7 @@ _counts(
     lambda b: b.completion_mask | (_later(_last(b.completion_mask).long()) & (1 - b.attention_mask)),
     "The first pad after the completion is scored too.",
     None,
-    "LOGP-PADDING",
+    "LOGP-VALUE",
 )
 _counts(
     "masks-token-zero",
@@ -107,7 +107,9 @@ _counts(
     "chosen-mask-for-both",
     "chosen-mask",
     lambda b: (
-        torch.cat([b.completion_mask[: len(b.input_ids) // 2]] * 2) if len(b.input_ids) % 2 == 0 else b.completion_mask
+        torch.cat([b.completion_mask[: len(b.input_ids) // 2]] * 2) & _later(b.attention_mask)
+        if len(b.input_ids) % 2 == 0
+        else b.completion_mask
     ),
     "Rejected rows are scored under the mask of their chosen rows.",
     None,

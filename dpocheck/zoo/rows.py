@@ -130,7 +130,8 @@ def _sides(example, change):
 def eos_never(text, tokenizer, row):
     """No end-of-sequence token closes a text completion, though the documentation promises one."""
     example = mini.tokenize(text, tokenizer, row)
-    return example if text.templated else _sides(example, lambda side: replace(side, ids=side.ids[:-1]))
+    written = text.templated or text.chosen.endswith(tokenizer.eos_token)
+    return example if written else _sides(example, lambda side: replace(side, ids=side.ids[:-1]))
 
 
 @specimen(

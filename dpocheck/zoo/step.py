@@ -46,7 +46,7 @@ _reduces(
 )
 _reduces(
     "last-pair-dropped",
-    lambda losses: losses[:-1].sum() / len(losses),
+    lambda losses: losses[:-1].sum() / max(len(losses) - 1, 1),
     "The last pair of a batch does not count.",
     theory=PAPER.but(reduction="no-last"),
     caught_by="STEP-PERMUTATION",

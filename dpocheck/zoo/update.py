@@ -7,7 +7,7 @@ from dataclasses import replace
 from dpocheck.oracle.theory import PAPER
 from dpocheck.zoo.registry import mini, specimen, torch
 
-DECAYS = PAPER.but(weight_decay_extra=0.01 / 2**20, decay="all")  # a decay of parameters, in the unit of logits
+DECAYS = PAPER.but(weight_decay_extra=0.01 / 2**20)  # a decay of parameters, in the unit of logits
 
 # -------------------------------------------------------------------------------------------------------------- update
 

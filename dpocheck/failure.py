@@ -9,11 +9,12 @@ from typing import Any
 
 from dpocheck.adapter import Unsupported
 
-__all__ = ["describe"]
+__all__ = ["describe", "headline"]
 
 MESSAGE = 20_000  # characters kept of a message
 FRAMES = 25  # kept at each end of a long traceback
 CAUSES = 5
+LOADED = "dpocheck_subject_"  # the name under which a subject's file is imported
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _OURS_AS_SUBJECT = tuple(os.path.join(_HERE, name) for name in ("miniature", "zoo" + os.sep))
@@ -42,6 +43,11 @@ def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict
     }
 
 
+def headline(kind: str, message: str) -> str:
+    """An exception in one line; one without a message is named alone."""
+    return f"{kind}: {message}" if message.strip() else kind
+
+
 def _is_complaint(raised: BaseException) -> bool:
     """Our own exception classes say what is wrong with an adapter; but an unsendable answer is our mistake."""
     module = str(type(raised).__module__)
@@ -52,7 +58,7 @@ def _type_name(raised: BaseException) -> str:
     try:
         kind = type(raised)
         module = str(kind.__module__)
-        plain = module == "builtins" or module.startswith("dpocheck.")
+        plain = module in ("builtins", "__main__") or module.startswith(("dpocheck.", LOADED))
         return str(kind.__qualname__) if plain else f"{module}.{kind.__qualname__}"
     except BaseException:
         return "an exception without a name"

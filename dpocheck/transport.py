@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from dpocheck import wire
+from dpocheck.failure import headline
 from dpocheck.process import Process, environment_for, widen
 from dpocheck.text import printable
 
@@ -69,7 +70,7 @@ class SubjectError(Exception):
         self.traceback = printable("\n".join(map(str, error["traceback_lines"])), 20_000)
         self.in_adapter, self.in_suite = bool(error["in_adapter"]), bool(error.get("in_suite", False))
         self.output = output
-        super().__init__(self.message if self.kind == "Unsupported" else f"{self.type}: {self.message}")
+        super().__init__(self.message if self.kind == "Unsupported" else headline(self.type, self.message))
 
 
 @dataclass(frozen=True)

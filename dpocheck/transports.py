@@ -7,15 +7,21 @@ A worker process (an adapter or a function given by name), a command line, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from dpocheck import failure
 from dpocheck.experiment import Experiment, TrainExperiment, to_plain
 
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
+# Globals that no trainer has to change; seeds, caches and variables of the environment many set, and that is no news.
+TELLING = (
+    "default dtype", "default device", "grad mode", "inference mode", "autocast", "deterministic", "patched", "cwd",
+    "output",
+)  # fmt: skip
 
 
 class Refused(Exception):
@@ -68,7 +74,9 @@ class InProcess:
         except Unsupported as refusal:
             raise Refused(str(refusal)) from refusal
         except Exception as fault:
-            raise Broken(f"{type(fault).__name__}: {fault}") from fault
+            told = failure.describe(fault, "", self.state)
+            lines = "\n".join(told["traceback_lines"])
+            raise Broken(failure.headline(told["type"], told["message"]), lines) from fault
 
     def close(self) -> None:
         """Nothing to end."""
@@ -84,6 +92,7 @@ class InWorker:
         from dpocheck import transport
 
         self.module, self.worker, self.subject = transport, worker, subject
+        self.changed: tuple[str, ...] = ()
         self.about = self._open()
 
     @staticmethod
@@ -109,7 +118,15 @@ class InWorker:
         except self.module.SubjectError as fault:
             if fault.kind == "Unsupported":
                 raise Refused(fault.message) from fault
-            raise Broken(str(fault), fault.output, in_adapter=fault.in_adapter) from fault
+            told = "\n".join(text for text in (fault.output.rstrip(), fault.traceback) if text)
+            raise Broken(str(fault), told, in_adapter=fault.in_adapter) from fault
+        finally:
+            self._note(self.worker.last_changes)
+
+    def _note(self, lines: Iterable[str]) -> None:
+        """Keep what the subject left changed in a way that would reach its later answers, were it not put back."""
+        found = [line for line in lines if line.startswith(TELLING)]
+        self.changed = (*self.changed, *(line for line in found if line not in self.changed))
 
     def close(self) -> None:
         self.worker.close()

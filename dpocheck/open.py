@@ -36,6 +36,9 @@ def open_subject(
         transport = InWorker.start(name, folder / "worker", seconds=timeout, memory_gb=memory)
         trains = "train" in transport.about["capabilities"]
     except (Broken, Refused) as fault:
+        kind, _, message = str(fault).partition(": ")
+        if kind in ("NotLoadable", "NotRecognised"):  # said to a person already: no traceback adds to it
+            raise UsageError(message) from fault
         tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
         raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault
 

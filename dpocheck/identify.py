@@ -7,15 +7,19 @@ direction; the residual tells whether the family is right at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
+from dpocheck import fixed
 from dpocheck.budget import is_costly
+from dpocheck.checks import scenes
 from dpocheck.checks.gradient import SIX
-from dpocheck.checks.loss import ARGUMENTS, HALF
+from dpocheck.checks.loss import ARGUMENTS
+from dpocheck.checks.step import BASE
 from dpocheck.experiment import Objective
+from dpocheck.oracle import predict
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.subject import Subject
 
@@ -37,8 +41,10 @@ class Equation:
 
 def equation(subject: Subject) -> Equation:
     """Fit the loss of `subject` on experiments that the checks have already put to it."""
-    beta = subject.own(ARGUMENTS[0]).objective.beta
-    asked = words(DUE, beta)
+    objective = subject.own(ARGUMENTS[0]).objective
+    beta, asked = objective.beta, words(DUE, objective.beta)
+    if objective != Objective(beta=beta):
+        return Equation("not fitted: the fit is of the sigmoid loss without extra terms", fixed.words(objective))
     if is_costly(subject):
         rows, logits = from_weights(subject)
     else:
@@ -53,8 +59,22 @@ def equation(subject: Subject) -> Equation:
         text = f"not of the form -log sigma(beta * linear): off by up to {residual:.2g} in the logit"
         return Equation(text, asked, residual, tuple(fitted))
     same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
-    text = words(fitted, beta) + "\n" + tokens(subject.theory)
+    text = "\n".join([words(fitted, beta), tokens(subject.theory), *gradients(subject)])
     return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
+
+
+def gradients(subject: Subject) -> list[str]:
+    """How large the gradient is, against the paper's, in one batch and in micro-batches; from what was seen already."""
+    pairs = scenes.rectangular(len(SIX.pairs))
+    split = scenes.run(pairs, subject.theory, replace(BASE, batch=2, accumulation=3))
+    found = []
+    for experiment, name in ((subject.own(SIX), "in one batch"), (subject.own(split), "in three micro-batches")):
+        if subject.cannot(experiment) or not subject.remembers(experiment):
+            continue
+        seen, due = (getattr(one, "gradient", None) for one in (subject.observe(experiment), predict(experiment)))
+        if seen is not None and due is not None:
+            found.append(f"{float(np.sum(seen * due) / np.sum(due * due)):.3f} of it {name}")
+    return [f"gradient: {', '.join(found)}"] if found else []
 
 
 Sample = tuple[list[list[float]] | None, list[float]]
@@ -80,17 +100,17 @@ def from_weights(subject: Subject) -> Sample:
 
     After the last token of a prompt of its own a pair's gradient is weight * (e_rejected - e_chosen).
     """
-    seen = subject.observe(SIX)
-    gradient, pairs = getattr(seen, "gradient", None), SIX.pairs
+    six = subject.own(SIX)
+    gradient, pairs, beta = getattr(subject.observe(six), "gradient", None), six.pairs, six.objective.beta
     if gradient is None:
         return None, []
-    policy, reference = (_log_softmax(table.logits()) for table in (SIX.policy, SIX.reference))
+    policy, reference = (_log_softmax(table.logits()) for table in (six.policy, six.reference))
     rows, logits = [], []
     for pair in pairs:
-        share = -gradient[pair.prompt[-1], pair.chosen[0]] * len(pairs) / HALF.beta
+        share = -gradient[pair.prompt[-1], pair.chosen[0]] * len(pairs) / beta
         four = [_score(table, pair.prompt, y) for table in (policy, reference) for y in (pair.chosen, pair.rejected)]
         if 0 < share < 1:
-            rows.append([*(HALF.beta * np.array(four)), 1.0])
+            rows.append([*(beta * np.array(four)), 1.0])
             logits.append(float(-np.log(share / (1 - share))))
     return rows, logits
 
@@ -122,10 +142,4 @@ def tokens(theory: Theory) -> str:
     return f"lp, rf: sums over the completion's tokens, {ends.get(theory.eos, theory.eos)}; prompt 0, padding 0"
 
 
-def objective_words(objective: Objective) -> str:
-    """The objective asked for, in a line."""
-    extra = f", label smoothing {objective.label_smoothing:g}" if objective.label_smoothing else ""
-    return f"{'dpo' if objective.kind == 'sigmoid' else objective.kind}, beta {objective.beta:g}{extra}"
-
-
-__all__ = ["PAPER", "Equation", "equation", "objective_words", "words"]
+__all__ = ["PAPER", "Equation", "equation", "words"]

@@ -105,6 +105,13 @@ class Subject:
             self.asked[name] = experiment
         return self.memory[name]
 
+    def remembers(self, experiment: Experiment) -> bool:
+        """Whether the answer to an experiment is known already, or follows from runs that are."""
+        if self._remembered_as(experiment) in self.memory:
+            return True
+        runs = self.whole_runs(experiment)
+        return bool(runs) and all(not isinstance(r, Sequence) and self._remembered_as(r) in self.memory for r in runs)
+
     def memory_keys(self) -> tuple[str, ...]:
         """The keys of what is remembered already."""
         return tuple(key(experiment) for experiment in self.asked.values())

@@ -146,7 +146,8 @@ QUESTIONS = (
         "appended": "EOS is appended once to a text completion", "none": "no EOS is added to a text completion",
     }, says="eos"),
     Question("CONV-BOUNDARY", "boundary", "rows", "tokens", _boundary, ("gradient",), {
-        "joint": "prompt and completion are tokenized as one text", "apart": "prompt and completion are tokenized apart",
+        "joint": "prompt and completion are tokenized as one text",
+        "apart": "prompt and completion are tokenized apart",
     }),
     Question("CONV-CHAT-EOS", "template_eos", "rows", "tokens", _chat, ("attended",), {
         "once": "chat rows end as their template ends them", "ensured": "EOS is added where the chat template has none",
@@ -164,7 +165,8 @@ QUESTIONS = (
     Question("CONV-REDUCTION", "reduction", "loss", "loss", _reduction, ("reduced",), {
         "mean": "the loss is the mean over the pairs", "sum": "the loss is the sum over the pairs",
     }, "loss", says="reduction", decide=_reduced_by),
-    Question("CONV-REWARD-SCALE", "reward_scale", "metrics", "metrics", _logged, ("rewards/chosen", "rewards/rejected"), {
+    Question("CONV-REWARD-SCALE", "reward_scale", "metrics", "metrics", _logged,
+        ("rewards/chosen", "rewards/rejected"), {
         "beta": "logged rewards are beta times the log-ratio", "one": "logged rewards are log-ratios, without beta",
     }, says="reward_scale"),
     Question("CONV-LOGPS", "logps_logged", "metrics", "metrics", _logged, ("logps/chosen", "logps/rejected"), {
@@ -189,7 +191,8 @@ QUESTIONS = (
         "kept": "the last, short batch of an epoch is used", "dropped": "the last, short batch of an epoch is dropped",
     }),
     Question("CONV-WINDOW", "incomplete_window", "runs", "run", _window, ("logits",), {
-        "stepped": "a last, incomplete accumulation window takes a step", "dropped": "a last, incomplete window is dropped",
+        "stepped": "a last, incomplete accumulation window takes a step",
+        "dropped": "a last, incomplete window is dropped",
     }),
 )  # fmt: skip
 

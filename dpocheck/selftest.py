@@ -6,6 +6,7 @@ must catch it; `row` runs one against every check, for the kill matrix.
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -97,6 +98,15 @@ def specimen(zoo: Zoo, name: str, check: Check, only: str | None = None) -> Line
     )  # fmt: skip
 
 
+def declared_check(name: str) -> Check:
+    """The check that must catch a specimen.  Raises ValueError where there is none of that id."""
+    id = SPECIMENS[name].caught_by
+    if id not in CHECKS:
+        near = ", ".join(difflib.get_close_matches(id, CHECKS, 3)) or "none is near"
+        raise ValueError(f"specimen {name} says that {id} catches it; no check has that id ({near})")
+    return CHECKS[id]
+
+
 def row(zoo: Zoo, name: str, checks: Iterable[Check]) -> dict[str, str]:
     """Check -> verdict of one specimen, or of an honest subject, blocking ignored.
 
@@ -169,7 +179,8 @@ def variant(zoo: Zoo, name: str) -> list[Line]:
 
 
 def selftest(
-    jobs: int = 1, progress: Callable[[runner.Progress], None] | None = None, *, variants: Iterable[str] = ("miniature",),
+    jobs: int = 1, progress: Callable[[runner.Progress], None] | None = None, *,
+    variants: Iterable[str] = ("miniature",),
 ) -> tuple[str, bool]:  # fmt: skip
     """Run it; the report as text, and whether all is right.  `variants` names those that are run in full."""
     del jobs  # one worker: its start costs more than the checks
@@ -185,7 +196,7 @@ def selftest(
                 lines += variant(zoo, name)
             for number, name in enumerate(names):
                 tell(runner.Progress(number, len(names), name))
-                lines.append(specimen(zoo, name, CHECKS[SPECIMENS[name].caught_by]))
+                lines.append(specimen(zoo, name, declared_check(name)))
         finally:
             zoo.close()
     return summary(lines, time.perf_counter() - began)
@@ -197,9 +208,10 @@ def summary(lines: list[Line], seconds: float) -> tuple[str, bool]:
     ranked = [line.named for line in caught if line.named is not None]
     text = [f"  ✘ {line.subject}: {line.check} says {line.verdict} {line.reason}"[:300] for line in wrong]
     first, three = sum(rank == 1 for rank in ranked), sum(bool(rank) for rank in ranked)
+    asked = sum(line.subject in SPECIMENS for line in lines)
     text.append(
-        f"{len(caught)} of {sum(line.subject in SPECIMENS for line in lines)} specimens caught; of {len(ranked)} with a "
-        f"theory {first} named first, {three} among the first three; "
+        f"{len(caught)} of {asked} specimens caught; "
+        f"of {len(ranked)} with a theory {first} named first, {three} among the first three; "
         f"{len({line.subject for line in lines} - set(SPECIMENS))} honest subjects run in full, "
         f"{sum(line.subject not in SPECIMENS for line in wrong)} false alarms; {seconds:.0f} s"
     )

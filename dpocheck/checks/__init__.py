@@ -9,7 +9,7 @@ CHAPTERS = (
     "defaults",
 )  # fmt: skip
 
-FILES = (*CHAPTERS, "optimizer", "agreement")  # the last two belong to the chapter `step`
+FILES = (*CHAPTERS, "sft", "optimizer", "agreement")  # these three belong to the chapters `loss` and `step`
 
 for file in FILES:
     importlib.import_module(f"dpocheck.checks.{file}")

@@ -66,7 +66,8 @@ def _asked_twice(theory: Theory) -> list:
     claim="What a trainer answers when its loss, its log-probs or its step is called is what its runs do.",
     source="one trainer has one loss", covers=("LOSS-FD", "STEP-SGD"),
     why="Tests of a loss function prove nothing about a loop that does not use it, or uses it differently.",
-    bug="Liger-Kernel's fused loss beside a trainer that kept its own.", fix="Let the loop call the function that is tested.",
+    bug="Liger-Kernel's fused loss beside a trainer that kept its own.",
+    fix="Let the loop call the function that is tested.",
 )  # fmt: skip
 def one_trainer(case: Case) -> Comparison:
     if case.observed[0].via == "derived":

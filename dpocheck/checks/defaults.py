@@ -14,14 +14,16 @@ ROUNDING = 2.0**-8  # bfloat16
 
 def _plain(theory: Theory) -> list:
     recipe = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=5, defaults=True)
-    return [scene("five pairs, precision, clipping and checkpointing left as they are", scenes.run(scenes.ragged(), theory, recipe), family="defaults")]
+    return [scene("five pairs, precision, clipping and checkpointing left as they are",
+        scenes.run(scenes.ragged(), theory, recipe), family="defaults")]
 
 
 @check(
     "DEFAULTS-STEP", chapter="defaults", stage="step", level="should", needs={"train.gradient"}, scenes=_plain,
     rivals=(PAPER.but(reference="none"), PAPER.but(logps="mean"), PAPER.but(counted="no-eos")),
     claim="With the trainer's own precision, clipping, checkpointing and limits, the gradient has the right direction.",
-    source="Rafailov et al. 2023, section 4; error of bfloat16 2^-8 of the largest element", covers=("RUN-MIXED", "LOGP-PREC"),
+    source="Rafailov et al. 2023, section 4; error of bfloat16 2^-8 of the largest element",
+    covers=("RUN-MIXED", "LOGP-PREC"),
     why="The other checks switch these defaults off to see sharply; this is what people run.",
     bug="Log-probs summed in bfloat16: 1.7 nats of error at 50 tokens.", fix="Sum log-probs in float32.",
 )  # fmt: skip

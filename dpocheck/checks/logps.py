@@ -13,7 +13,8 @@ SUM = "the autoregressive factorisation: log pi(y|x) is the sum of the tokens' l
 EOS, PAD = scenes.WORDS.eos, scenes.WORDS.pad
 
 
-def row(prompt: tuple[int, ...], completion: tuple[int, ...], *, left: int = 0, right: int = 0, pad: int = PAD) -> TokenRow:
+def row(prompt: tuple[int, ...], completion: tuple[int, ...], *, left: int = 0, right: int = 0,
+    pad: int = PAD) -> TokenRow:
     """One row with `left` and `right` pads."""
     ids = (pad,) * left + prompt + completion + (pad,) * right
     attention = (0,) * left + (1,) * (len(prompt) + len(completion)) + (0,) * right
@@ -37,16 +38,18 @@ def batch(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], *, side: str = "r
 
 
 ROWS = [(pair.prompt, pair.chosen) for pair in PAIRS] + [(pair.prompt, pair.rejected) for pair in PAIRS]
-WRONG = tuple(
-    PAPER.but(counted=rule) for rule in ("prompt", "last-prompt", "no-first", "no-eos", "padding", "one-pad")
-) + (PAPER.but(logps="mean"),)
+WRONG = (
+    *(PAPER.but(counted=rule) for rule in ("prompt", "last-prompt", "no-first", "no-eos", "padding", "one-pad")),
+    PAPER.but(logps="mean"),
+)
 
 
 @check(
     "LOGP-VALUE", chapter="logps", stage="logps", level="must", needs={"logps.logps"}, source=SUM, rivals=WRONG,
     draw=draws.logps,
     scenes=[scene("ten rows of unequal lengths", batch(ROWS), family="logps")],
-    claim="The log-prob of a completion is the sum of the log-probs of its tokens, EOS included, given all before them.",
+    claim="The log-prob of a completion is the sum of the log-probs of its tokens, EOS included, given all before "
+    "them.",
     covers=("LOGP-VALUE", "LOGP-EOS", "LOGP-FIRST", "LOGP-EDGE"),
     why="Of the hand-written implementations that are wrong most are wrong here, not in the formula.",
     bug="A mean over tokens instead of the sum: Liger-Kernel 0.5.3 to 0.5.9.",
@@ -91,7 +94,8 @@ def tokens(case: Case) -> Comparison:
 def prompt_matters(case: Case) -> Comparison:
     seen, paper = case.observed[0].logps, case.predicted().logps
     limit = case.bound("logps")
-    return close(seen[0] - seen[1], paper[0] - paper[1], 2 * float(max(limit)) if hasattr(limit, "__len__") else 2 * limit,
+    return close(seen[0] - seen[1], paper[0] - paper[1],
+        2 * float(max(limit)) if hasattr(limit, "__len__") else 2 * limit,
                  label=lambda _: "difference between the two prompts")  # fmt: skip
 
 
@@ -116,7 +120,8 @@ def padding(case: Case) -> Comparison:
     "LOGP-BATCH-MATES", chapter="logps", stage="logps", level="must", needs={"logps.logps"}, source=SUM,
     draw=draws.among_others,
     scenes=[scene("a row among ten, and among two", batch(ROWS), batch([ROWS[0], ROWS[6]]), family="padding")],
-    claim="The log-prob of a row does not depend on the other rows of the batch.", covers=("LOGP-BATCH", "LOGP-ROWPERM"),
+    claim="The log-prob of a row does not depend on the other rows of the batch.",
+    covers=("LOGP-BATCH", "LOGP-ROWPERM"),
     why="Else the order of the data changes the objective.", bug="A sum divided by the tokens of the whole batch.",
     fix="Reduce over the row's own tokens only.",
 )  # fmt: skip

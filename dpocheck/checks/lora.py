@@ -36,7 +36,8 @@ def _given(theory: Theory) -> TrainExperiment:
     "LORA-REFERENCE", chapter="lora", stage="reference", level="must", needs={"train.history.loss"}, scenes=_adapter,
     claim="With a fresh adapter the loss starts at log 2; once it is trained, the rewards leave zero: the reference is "
     "the model without it.",
-    source="Rafailov et al. 2023, Eq. 7, with pi_ref the policy before training", covers=("REF-ADAPTER", "POL-TRAINABLE"),
+    source="Rafailov et al. 2023, Eq. 7, with pi_ref the policy before training",
+    covers=("REF-ADAPTER", "POL-TRAINABLE"),
     why="A reference that carries the adapter along never lets the loss move.",
     bug="The adapter left on in the reference's forward; or the SFT adapter switched off with it.",
     fix="Compute the reference under disable_adapter(), or from a frozen copy of the adapter.",
@@ -49,9 +50,11 @@ def reference(case: Case) -> Comparison:
         return Comparison("not-applicable", reason="the loss of single steps is not logged")
     noise = 2e3 * case.precision  # a stock Llama has float32 islands: log-probs to some hundred roundings
     if abs(losses[0] - np.log(2)) > noise:
-        return Comparison("fail", error=abs(losses[0] - np.log(2)), bound=noise, observed=losses[0], expected=float(np.log(2)), where="first loss")
+        return Comparison("fail", error=abs(losses[0] - np.log(2)), bound=noise, observed=losses[0],
+            expected=float(np.log(2)), where="first loss")
     if abs(losses[-1] - np.log(2)) <= noise:
-        return Comparison("fail", error=noise, bound=0.0, observed=losses[-1], expected="less than log 2", where="loss after two steps: it stands still")
+        return Comparison("fail", error=noise, bound=0.0, observed=losses[-1], expected="less than log 2",
+            where="loss after two steps: it stands still")
     return Comparison("pass", error=abs(losses[0] - np.log(2)), bound=noise)
 
 
@@ -74,7 +77,8 @@ def base(case: Case) -> Comparison:
     wrong = {name: change for name, change in moved.items() if change and not any(part in name for part in targets)}
     if wrong:
         first = max(wrong, key=wrong.get)
-        return Comparison("fail", error=wrong[first], bound=0.0, observed=f"{len(wrong)} others moved, {first} by {wrong[first]:.2g}",
+        return Comparison("fail", error=wrong[first], bound=0.0,
+            observed=f"{len(wrong)} others moved, {first} by {wrong[first]:.2g}",
                           expected=f"only {', '.join(targets)} move")  # fmt: skip
     if not any(moved.values()):
         return Comparison("fail", observed="nothing moved", expected=f"{', '.join(targets)} move")

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpocheck.check import Case, Comparison, agree, check, close, equal, logged, scene, worst
-from dpocheck.checks import draws, scenes
-from dpocheck.experiment import LossExperiment, Objective, Recipe
-from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.check import Case, Comparison, agree, check, close, equal, scene, worst
+from dpocheck.checks import draws
+from dpocheck.experiment import LossExperiment, Objective
+from dpocheck.oracle.theory import PAPER
 
 EQ7 = "Rafailov et al. 2023, Eq. 7"
 HALF = Objective(beta=0.5)
@@ -70,10 +70,12 @@ def zero_margin(case: Case) -> Comparison:
 
 
 @check(
-    "LOSS-SWAP", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"}, source=EQ7 + " and softplus(t) - softplus(-t) = t",
+    "LOSS-SWAP", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"},
+    source=EQ7 + " and softplus(t) - softplus(-t) = t",
     draw=draws.exchanged,
     scenes=[scene("five pairs and the same with chosen and rejected exchanged", ORDINARY, LossExperiment(
-        ORDINARY.policy_rejected, ORDINARY.policy_chosen, ORDINARY.reference_rejected, ORDINARY.reference_chosen, HALF))],
+        ORDINARY.policy_rejected, ORDINARY.policy_chosen, ORDINARY.reference_rejected, ORDINARY.reference_chosen,
+        HALF))],
     claim="L(m) - L(-m) = -m: exchanging chosen and rejected changes the loss by the margin.",
     covers=("LOSS-SWAP",), why="It holds for no other link function, and names a wrong sign or a wrong beta.",
     bug="-log sigma(-m): the trainer that learns to prefer the rejected completion.",
@@ -90,7 +92,8 @@ RAY = tuple(float(m) for m in (-24, -16, -12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3
 
 
 @check(
-    "LOSS-SHAPE", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"}, source=EQ7 + "; convexity of softplus",
+    "LOSS-SHAPE", chapter="loss", stage="loss", level="must", needs={"loss.per_pair"},
+    source=EQ7 + "; convexity of softplus",
     scenes=[scene("eighteen margins from -24 to 16", at(RAY))],
     claim="The loss falls strictly with the margin, is convex, and lies between max(0, -m) and max(0, -m) + log 2.",
     covers=("LOSS-MONOTONE", "LOSS-CONVEX", "LOSS-BOUND", "LOSS-SIGN"),
@@ -106,7 +109,8 @@ def shape(case: Case) -> Comparison:
     low = np.maximum(0, -m)
     told = [
         _at_most(slopes, -1 / (1 + np.exp(m[1:])) + rough, rough, "slope of the loss after margin {}", m),
-        _at_most(-np.diff(slopes), rough[1:] + rough[:-1], rough[1:] + rough[:-1], "bend of the loss at margin {}", m[1:]),
+        _at_most(-np.diff(slopes), rough[1:] + rough[:-1], rough[1:] + rough[:-1], "bend of the loss at margin {}",
+            m[1:]),
         _at_most(low - losses, noise, noise, "max(0, -m) - loss at margin {}", m),
         _at_most(losses - low - np.log(2), noise, noise, "loss - max(0, -m) - log 2 at margin {}", m),
     ]
@@ -160,10 +164,12 @@ def dtypes(case: Case) -> Comparison:
 
 
 @check(
-    "LOSS-PARTIALS", chapter="loss", stage="gradient", level="must", needs={"loss.slopes"}, source=EQ7 + ", differentiated",
+    "LOSS-PARTIALS", chapter="loss", stage="gradient", level="must", needs={"loss.slopes"},
+    source=EQ7 + ", differentiated",
     draw=draws.losses,
     scenes=[scene("five pairs", ORDINARY), scene("margins up to +-88", at((-88.0, -20.5, -3.0, 0.5, 3.0, 20.5, 60.0)))],
-    claim="The slope in log pi(y_w) is -beta * sigma(-m), in log pi(y_l) it is +beta * sigma(-m), over the number of pairs.",
+    claim="The slope in log pi(y_w) is -beta * sigma(-m), in log pi(y_l) it is +beta * sigma(-m), over the number of "
+    "pairs.",
     covers=("LOSS-GRAD", "LOSS-GRAD-STRUCT"), why="A right value with a wrong slope trains wrongly and logs well.",
     bug="A detached rejected log-prob turns DPO into weighted fine-tuning on the chosen completions.",
     fix="Detach nothing but the reference.",
@@ -202,7 +208,9 @@ def arguments(case: Case) -> Comparison:
         change = case.observed[j].per_pair - case.observed[0].per_pair
         due = case.predicted(j).per_pair - case.predicted(0).per_pair
         limit = case.bound("per_pair", j) + np.asarray(case.bound("per_pair", 0))
-        told.append(close(change, due, limit, label=lambda c, name=name: f"lowering the {name} log-prob of pair {c[0] + 1}"))
+        told.append(close(
+            change, due, limit, label=lambda c, name=name: f"lowering the {name} log-prob of pair {c[0] + 1}"
+        ))  # fmt: skip
     return worst(told)
 
 
@@ -229,7 +237,10 @@ def value_gradient(case: Case) -> Comparison:
         noise = np.asarray(case.bound("per_pair", 1 + 2 * row)) + np.asarray(case.bound("per_pair", 2 + 2 * row))
         slope = base.slopes[row] * (1 if case.theory.reduction == "sum" else pairs)
         limit = noise / (2 * step) + step**2 * beta**3 / (36 * np.sqrt(3)) + pairs * np.max(case.bound("slopes"))
-        told.append(close(slope, (up - down) / (2 * step), limit, label=lambda c, n=name: f"slope in the {n} log-prob, pair {c[0] + 1}"))
+        told.append(close(
+            slope, (up - down) / (2 * step), limit,
+            label=lambda c, n=name: f"slope in the {n} log-prob, pair {c[0] + 1}",
+        ))  # fmt: skip
     return worst(told)
 
 
@@ -242,7 +253,8 @@ DOUBLED = LossExperiment(*(tuple(2 * x for x in row) for row in ORDINARY.argumen
     scenes=[scene("beta 1/2, and beta 1/4 at doubled log-probs", ORDINARY, DOUBLED)],
     claim="L(c beta; z) = L(beta; c z): beta only scales the log-ratios.", covers=("LOSS-BETA-SCALE",),
     why="A beta outside the logarithm, squared, or hard-coded breaks it.",
-    bug="beta applied both to the rewards and again inside the sigmoid.", fix="Multiply by beta once, inside the sigmoid.",
+    bug="beta applied both to the rewards and again inside the sigmoid.",
+    fix="Multiply by beta once, inside the sigmoid.",
 )  # fmt: skip
 def beta_scale(case: Case) -> Comparison:
     name = "per_pair" if case.observed[0].per_pair is not None and case.observed[1].per_pair is not None else "reduced"
@@ -251,8 +263,10 @@ def beta_scale(case: Case) -> Comparison:
 
 @check(
     "LOSS-BETA-LIMITS", chapter="loss", stage="loss", level="must", needs=set(), source=EQ7,
-    scenes=[scene(f"beta {beta:g}", replace(ORDINARY, objective=Objective(beta=beta))) for beta in (2.0**-10, 0.125, 8.0, 128.0)],
-    claim="The loss is right from beta = 0.001, where it is nearly log 2 - m/2, to beta = 128, where it is nearly linear.",
+    scenes=[scene(f"beta {beta:g}", replace(ORDINARY, objective=Objective(beta=beta)))
+            for beta in (2.0**-10, 0.125, 8.0, 128.0)],
+    claim="The loss is right from beta = 0.001, where it is nearly log 2 - m/2, to beta = 128, where it is nearly "
+    "linear.",
     covers=("LOSS-BETA-SMALL", "LOSS-BETA-LARGE"), why="A clamp or a constant hides at beta 0.1.",
     bug="beta hard-coded to 0.1 in one branch.", fix="Use the beta that was asked for.",
 )  # fmt: skip
@@ -263,7 +277,8 @@ def beta_limits(case: Case) -> Comparison:
 @check(
     "LOSS-SMOOTHING", chapter="loss", stage="loss", level="must", needs=set(), source="Mitchell 2023 (cDPO), Eq. 3",
     draw=draws.of_objective("cdpo"),
-    scenes=[scene(f"label smoothing {eps}", replace(ORDINARY, objective=Objective(beta=0.5, label_smoothing=eps)), family="smoothing")
+    scenes=[scene(f"label smoothing {eps}", replace(ORDINARY, objective=Objective(beta=0.5, label_smoothing=eps)),
+        family="smoothing")
             for eps in (0.125, 0.375)],
     claim="With label smoothing eps the loss is (1 - eps) * softplus(-m) + eps * softplus(m).",
     rivals=(PAPER.but(smoothing="ignored"), PAPER.but(smoothing="half"), PAPER.but(smoothing="robust")),
@@ -277,22 +292,27 @@ def smoothing(case: Case) -> Comparison:
 
 
 @check(
-    "LOSS-PAIRS-INDEPENDENT", chapter="loss", stage="loss", level="must", needs={"loss.slopes"}, source=EQ7 + ": a mean over pairs",
+    "LOSS-PAIRS-INDEPENDENT", chapter="loss", stage="loss", level="must", needs={"loss.slopes"},
+    source=EQ7 + ": a mean over pairs",
     draw=draws.other_mates,
     scenes=[scene("five pairs, and the same with other numbers in the last two", ORDINARY, LossExperiment(
-        *((*row[:3], row[3] - 1.75 - i / 4, row[4] - 3.25 + i / 8) if i % 2 == 0 else tuple(row) for i, row in enumerate(ORDINARY.arguments().tolist())), HALF))],
+        *((*row[:3], row[3] - 1.75 - i / 4, row[4] - 3.25 + i / 8) if i % 2 == 0 else tuple(row)
+          for i, row in enumerate(ORDINARY.arguments().tolist())), HALF))],
     claim="Each pair's slope depends on that pair alone.", covers=("LOSS-PAIR-WEIGHT", "LOSS-PERM"),
     why="Broadcasting (B, 1) against (B,) compares every chosen with every rejected completion.",
     bug="keepdim=True in one of the sums: a B x B loss that looks plausible.", fix="Check shapes before subtracting.",
 )  # fmt: skip
 def independent(case: Case) -> Comparison:
     first, second = case.observed
-    limit = np.broadcast_to(np.asarray(case.bound("slopes", 0)) + np.asarray(case.bound("slopes", 1)), first.slopes.shape)
-    return close(second.slopes[:2, :3], first.slopes[:2, :3], limit[:2, :3], label=lambda c: f"slope of pair {c[1] + 1}")
+    limit = np.broadcast_to(np.asarray(case.bound("slopes", 0)) + np.asarray(case.bound("slopes", 1)),
+        first.slopes.shape)
+    return close(second.slopes[:2, :3], first.slopes[:2, :3], limit[:2, :3],
+        label=lambda c: f"slope of pair {c[1] + 1}")
 
 
 @check(
-    "LOSS-PURE", chapter="loss", stage="loss", level="must", needs={"loss.reduced", "loss.inputs_changed"}, source="a loss is a function",
+    "LOSS-PURE", chapter="loss", stage="loss", level="must", needs={"loss.reduced", "loss.inputs_changed"},
+    source="a loss is a function",
     scenes=[scene("five pairs, called three times", replace(ORDINARY, calls=3), family="state")],
     claim="The loss keeps no memory between calls and leaves its arguments untouched.", covers=("LOSS-PURE",),
     why="The order of the batches would change the objective.", bug="A running mean of rewards inside the loss.",
@@ -305,12 +325,14 @@ def pure(case: Case) -> Comparison:
 
 
 @check(
-    "LOSS-REWARDS", chapter="loss", stage="rewards", level="must", needs={"loss.rewards_chosen", "loss.rewards_rejected"},
+    "LOSS-REWARDS", chapter="loss", stage="rewards", level="must",
+    needs={"loss.rewards_chosen", "loss.rewards_rejected"},
     draw=draws.losses,
     scenes=[scene("five pairs", ORDINARY)], rivals=(PAPER.but(rewards="swapped"), PAPER.but(rewards="policy-only")),
     claim="The implicit rewards are beta * (log pi - log ref) of chosen and of rejected.",
     source="Rafailov et al. 2023, Eq. 5, up to the prompt's constant", covers=("REW-IDENT", "LOSS-BETA-TRIANGLE"),
-    why="They are what is logged and what is compared.", bug="Rewards without the reference look like rewards that grow.",
+    why="They are what is logged and what is compared.",
+    bug="Rewards without the reference look like rewards that grow.",
     fix="Return beta * (policy - reference), detached.",
 )  # fmt: skip
 def rewards(case: Case) -> Comparison:
@@ -358,37 +380,3 @@ _objective(
     "Meng et al. 2024 (arXiv:2405.14734), Eq. 6", "Rewards of SimPO computed with the reference.",
     covers=("LOSS-SIMPO-VALUE", "LOSS-SIMPO-REFIND"),
 )  # fmt: skip
-
-
-UNEQUAL = ((2, 5), (4, 3), (3, 3), (6, 2), (1, 4))
-
-
-def _sft(theory: Theory) -> list:
-    objective = Objective(beta=0.5, sft_weight=0.5)
-    recipe = Recipe(objective, learning_rate=scenes.ONE_STEP, batch=4)
-    return [
-        scene("five pairs of unequal lengths", replace(ORDINARY, objective=objective, lengths=UNEQUAL), family="sft"),
-        scene("four pairs, one step of a run", scenes.run(scenes.rectangular(4), theory, recipe), family="sft"),
-    ]
-
-
-@check(
-    "LOSS-SFT", chapter="loss", stage="loss", level="must", needs=set(), scenes=_sft,
-    claim="With an SFT term the loss grows by its weight times the mean negative log-likelihood of the chosen completion.",
-    source="Pang et al. 2024 (arXiv:2404.19733), Eq. 1; Xu et al. 2024 (arXiv:2401.08417), Eq. 5",
-    covers=("LOSS-VALUE", "STEP-LOSS"), why="A wrong sign unlearns the chosen completions while the log looks well.",
-    bug="TRL's rpo_alpha once weighed the preference term; fairseq2 added a sum over tokens.",
-    fix="Add weight * (-log pi(y_w) / |y_w|) to each pair's loss, or to the batch's.",
-)  # fmt: skip
-def sft(case: Case) -> Comparison:
-    experiment, seen = case.experiments[0], case.observed[0]
-    if isinstance(experiment, LossExperiment):
-        if seen.via == "derived":
-            return Comparison("not-applicable", reason="asked of a whole run instead")
-        paper = case.predicted().slopes
-        told = [values(case)]
-        if seen.slopes is not None:
-            limit = np.broadcast_to(np.asarray(case.bound("slopes")), paper.shape)[:2]
-            told.append(close(seen.slopes[:2], paper[:2], limit))
-        return worst(told)
-    return worst([agree(case, "gradient"), logged(case, "loss")])

@@ -73,7 +73,8 @@ _metric(
 )  # fmt: skip
 _metric(
     "METRIC-MARGIN", ("rewards/margins",), "The logged margin is the chosen reward minus the rejected one.",
-    "A margin taken from the policy's log-probs alone ignores the reference.", (PAPER.but(margin="policy"), PAPER.but(margin="absolute"), *WINDOW),
+    "A margin taken from the policy's log-probs alone ignores the reference.",
+    (PAPER.but(margin="policy"), PAPER.but(margin="absolute"), *WINDOW),
 )  # fmt: skip
 _metric(
     "METRIC-ACCURACY", ("rewards/accuracies",), "The logged accuracy is the share of pairs with a positive margin.",

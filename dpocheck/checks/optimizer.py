@@ -29,9 +29,11 @@ def _scheduled(theory: Theory) -> list:
 @check(
     "STEP-SCHEDULE", chapter="step", stage="run", level="must", needs={"train.logits"}, scenes=_scheduled,
     rivals=(PAPER.but(schedule="constant"), PAPER.but(first_rate="skipped"), PAPER.but(schedule="micro-step")),
-    claim="The rate rises over the warm-up, then falls along the schedule that was asked for and reaches its end with the run.",
+    claim="The rate rises over the warm-up, then falls along the schedule that was asked for and reaches its end with "
+    "the run.",
     source="linear decay; Loshchilov & Hutter 2017 (arXiv:1608.03983), Eq. 5 without restarts",
-    covers=("RUN-LR", "RUN-REPLAY"), why="A schedule that is off by the accumulation steps ends long before the run, or never.",
+    covers=("RUN-LR", "RUN-REPLAY"),
+    why="A schedule that is off by the accumulation steps ends long before the run, or never.",
     bug="OpenRLHF multiplied the horizon by the epochs twice: the rate never decayed.",
     fix="Advance the schedule once per optimizer step; its length is the number of optimizer steps.",
 )  # fmt: skip
@@ -47,7 +49,8 @@ def _logged_rate(case: Case) -> Comparison:
         return Comparison("not-applicable", reason="the learning rate of single steps is not logged")
     noise = 1e-6 * paper.max()  # rates are printed as they are: to float64, or to the six digits of a log line
     own = close(seen, paper, noise, label=lambda at: f"learning rate logged at step {at[0] + 1}")
-    return own if own.verdict == "pass" or close(seen[:-1], paper[1:], noise).verdict == "fail" else replace(own, verdict="pass")
+    return own if own.verdict == "pass" or close(seen[:-1], paper[1:], noise).verdict == "fail" else replace(own,
+        verdict="pass")
 
 
 # --------------------------------------------------------------------------------------------------------------- Adam
@@ -97,7 +100,7 @@ def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarra
     in the logits, with |d|^2 <= 2 for each of a pair's six tokens.  Averages with powers, root and quotient are 16
     roundings; the sum is stored with one more.
     """
-    recipe, theory, u = run.recipe, case.theory, case.precision
+    recipe, u = run.recipe, case.precision
     k = scales(recipe.dtype).k
     rate, e = recipe.learning_rate / k, recipe.epsilon / k
     logits, pairs = run.policy.logits(), scenes.rectangular(len(run.rows))
@@ -118,7 +121,8 @@ def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarra
     return logits, np.full_like(logits, carried)
 
 
-def _gradient(run: TrainExperiment, case: Case, logits: np.ndarray, pairs: tuple[Pair, ...]) -> tuple[np.ndarray, float]:
+def _gradient(run: TrainExperiment, case: Case, logits: np.ndarray, pairs: tuple[Pair, ...]) -> tuple[np.ndarray,
+    float]:
     words = run.tokenizer
     step = StepExperiment(Table.of(logits), run.reference, pairs, run.recipe.objective, pad=words.pad, eos=words.eos)
     gradient = case.predict(replace(step, dtype="float64"), case.theory).gradient

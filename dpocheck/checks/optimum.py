@@ -29,7 +29,8 @@ def _converged(theory: Theory) -> list:
     source="Rafailov et al. 2023, Eq. 4 with r = log w; the hard-label minimiser of Eq. 7 on these counts is exact",
     covers=("RUN-OPTIMUM", "RUN-GAP-KL", "RUN-FLOOR", "RUN-OPT-BETA", "RUN-OPT-REF"),
     why="It is what DPO promises: the optimum of the KL-constrained reward, with no reward model.",
-    bug="beta squared, a reference left out, or an extra term each end somewhere else.", fix="Follow the earlier checks.",
+    bug="beta squared, a reference left out, or an extra term each end somewhere else.",
+    fix="Follow the earlier checks.",
 )  # fmt: skip
 def recovered(case: Case) -> Comparison:
     nodes = slice(1, 1 + len(STRENGTHS))

@@ -42,7 +42,8 @@ def _given(theory: Theory) -> list:
         pairs, theory, Recipe(Objective(beta=0.5), learning_rate=8.0, batch=2, steps=2), reference=None
     )
     return [
-        scene("two pairs, policy changed in memory after it was loaded, no reference handed over", run, family="reference absent"),
+        scene("two pairs, policy changed in memory after it was loaded, no reference handed over", run,
+            family="reference absent"),
         scene("two steps on two pairs, no reference handed over", twice, family="reference absent"),
     ]
 
@@ -129,7 +130,8 @@ def no_dropout(case: Case) -> Comparison:
     "POLICY-NO-DROPOUT", chapter="reference", stage="reference", level="should", needs={"train.spies.policy"},
     scenes=_dropout, claim="No dropout is drawn in the policy, attention dropout included.",
     source="Rafailov et al. 2023, Eq. 7 is of pi_theta itself; its log-ratio to the reference starts at 0",
-    covers=("DROP-POLICY",), why="With dropout in the policy alone the loss does not start at log 2, and no step repeats.",
+    covers=("DROP-POLICY",),
+    why="With dropout in the policy alone the loss does not start at log 2, and no step repeats.",
     bug="HALOs kept the policy's dropout on beside a reference without.",
     fix="Set the policy's dropout rates to 0, the attention's in its configuration too.",
 )  # fmt: skip

@@ -30,7 +30,8 @@ def words(*rows: Row, tokenizer: Tokenizer = scenes.WORDS, **recipe: object) -> 
     """One full-batch step on rows of one-letter words."""
     asked = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=len(rows))
     used = [*range(16), tokenizer.bos, tokenizer.eos]
-    return TrainExperiment(dense(3, used), dense(4, used), tokenizer, rows, replace(asked, **recipe))  # type: ignore[arg-type]
+    return TrainExperiment(dense(3, used), dense(4, used), tokenizer, rows,
+        replace(asked, **recipe))  # type: ignore[arg-type]
 
 
 def tokens_agree(case: Case) -> Comparison:
@@ -94,7 +95,8 @@ def _eos(theory: Theory) -> list:
     rivals=(PAPER.but(eos="twice"),), source=ROW + "; the trainer's documentation on EOS",
     claim="A completion ends with EOS at most once, and once where its text or the documentation says so.",
     covers=("RUN-TOK-EOS",), why="Without EOS the model never stops; with two it learns to write EOS after EOS.",
-    bug="TRL 0.12 to 0.27 appended EOS after the chat template's own.", fix="Append EOS only where it is not there yet.",
+    bug="TRL 0.12 to 0.27 appended EOS after the chat template's own.",
+    fix="Append EOS only where it is not there yet.",
 )  # fmt: skip
 def eos(case: Case) -> Comparison:
     return agree(case, "attended")
@@ -118,7 +120,8 @@ def clock(run: TrainExperiment) -> TrainExperiment:
 
 
 @check(
-    "ROWS-CHAT", chapter="rows", stage="tokens", level="must", needs={"train.attended"}, source=ROW + "; the chat template",
+    "ROWS-CHAT", chapter="rows", stage="tokens", level="must", needs={"train.attended"},
+    source=ROW + "; the chat template",
     scenes=[scene("a system message and three turns, then two replies", clock(_chat(HEADERS)), family="chat")],
     claim="A chat row is rendered by the template with its generation prompt, and the last reply alone is scored.",
     covers=("RUN-TOK-BOUNDARY",), why="Headers that are scored, or missing, shift what the model learns to say.",
@@ -150,7 +153,8 @@ MERGING = Tokenizer((*"abcxyz", "xy"), 64, kind="characters", merge=("x", "y"))
 @check(
     "ROWS-BOUNDARY", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, source=ROW,
     scenes=[
-        scene("a token that merges across the boundary, in one completion", letters(Row("abx", "yc", "za"), tokenizer=MERGING), family="boundary"),
+        scene("a token that merges across the boundary, in one completion",
+            letters(Row("abx", "yc", "za"), tokenizer=MERGING), family="boundary"),
         scene("and in both", letters(Row("abx", "yc", "yza"), tokenizer=MERGING), family="boundary"),
     ],
     claim="Where a token merges across the boundary, prompt and completion still spell the text, and both completions "
@@ -166,7 +170,8 @@ def boundary(case: Case) -> Comparison:
 def _truncation(theory: Theory) -> list:
     row = Row("a b c", " d e f", " h i j")  # of one length: sides may be cut each by its own excess
     return [
-        scene(f"completions beyond the limit, {side}", glass(words(row, max_length=5, truncation=side)), family=f"truncation {side}")
+        scene(f"completions beyond the limit, {side}", glass(words(row, max_length=5, truncation=side)),
+            family=f"truncation {side}")
         for side in ("keep_start", "keep_end")
     ]
 
@@ -185,13 +190,15 @@ def truncation(case: Case) -> Comparison:
 
 def _long_prompt(theory: Theory) -> list:
     rows = (Row("a b c d e f", " g h", " i j"), Row("k l", " m n", " o p"))
-    return [scene("a prompt as long as the limit, beside an ordinary row", words(*rows, max_length=5), family="long prompt")]
+    return [scene("a prompt as long as the limit, beside an ordinary row", words(*rows, max_length=5),
+        family="long prompt")]
 
 
 @check(
     "ROWS-LONG-PROMPT", chapter="rows", stage="tokens", level="must", needs={"train.gradient"}, scenes=_long_prompt,
     source=ROW + "; the limit that was asked for", hears_refusals=True,
-    claim="A prompt that leaves no room for its completions spoils nothing: the pair is dropped, refused, or has no effect.",
+    claim="A prompt that leaves no room for its completions spoils nothing: the pair is dropped, refused, or has no "
+    "effect.",
     covers=("RUN-TRUNC", "LOGP-EDGE", "MET-RANGE"), why="A row without scored tokens divides zero by zero.",
     bug="A negative slice emptied the shorter completion (TRL #6548).", fix="Drop the pair, and say so.",
 )  # fmt: skip
@@ -210,7 +217,8 @@ def long_prompt(case: Case) -> Comparison:
     size = float(abs(due).max())
     share = float(abs(got).max()) / size  # the long row may or may not count in the mean
     if share < 0.4:
-        return Comparison("fail", observed=f"{share:.3g} of the gradient", expected="all of it", where="the ordinary row")
+        return Comparison("fail", observed=f"{share:.3g} of the gradient", expected="all of it",
+            where="the ordinary row")
     return Comparison("pass", observed=f"{share:.3g} of the gradient", expected="one half or all of it")
 
 

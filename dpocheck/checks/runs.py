@@ -67,12 +67,13 @@ def _resume(first: bool) -> object:
     return build
 
 
-RESUME = dict(
-    chapter="runs", stage="run", needs={"sequence.digest"}, source="a checkpoint holds the state of the run",
-    covers=("RUN-RESUME",), why="Long runs are interrupted; what was resumed should be what was asked for.",
-    fix="Save and restore model, optimizer, schedule, position in the data and random state; the reference is not the "
-    "checkpoint.",
-)  # fmt: skip
+RESUME = {
+    "chapter": "runs", "stage": "run", "needs": {"sequence.digest"},
+    "source": "a checkpoint holds the state of the run", "covers": ("RUN-RESUME",),
+    "why": "Long runs are interrupted; what was resumed should be what was asked for.",
+    "fix": "Save and restore model, optimizer, schedule, position in the data and random state; the reference is not "
+    "the checkpoint.",
+}  # fmt: skip
 
 
 @check(
@@ -116,7 +117,8 @@ def coverage(case: Case) -> Comparison:
     allowed = 1 if case.theory.last_batch == "dropped" else 0
     if len(unused) > allowed:
         rows = ", ".join(str(i + 1) for i in unused)
-        return Comparison("fail", observed=f"rows without any effect: {rows}", expected="every row used", error=len(unused), bound=allowed)
+        return Comparison("fail", observed=f"rows without any effect: {rows}", expected="every row used",
+            error=len(unused), bound=allowed)
     told = Comparison("pass", error=float(len(unused)), bound=float(allowed))
     return told if case.experiments[0].recipe.shuffle else worst([told, agree(case, "logits")])
 
@@ -131,7 +133,8 @@ def _orders(theory: Theory) -> list:
     first = scenes.run(scenes.rectangular(ROWS), theory, recipe)
     second = replace(first, recipe=replace(recipe, seed=12))
     plain = replace(first, recipe=replace(recipe, shuffle=False, steps=ROWS))
-    return [scene("two epochs over eight rows with one seed, with another, and in order", first, second, plain, family="order")]
+    return [scene("two epochs over eight rows with one seed, with another, and in order", first, second, plain,
+        family="order")]
 
 
 @check(
@@ -196,14 +199,16 @@ def saved(case: Case) -> Comparison:
         return Comparison("not-applicable", reason="no checkpoint of the last step is reported")
     change = float(np.max(np.abs(seen.saved[2] - seen.logits)))
     verdict = "fail" if change else "pass"
-    return Comparison(verdict, error=change, bound=0.0, observed=f"logits differ by up to {change:.3g}", expected="the same bits")
+    return Comparison(verdict, error=change, bound=0.0, observed=f"logits differ by up to {change:.3g}",
+        expected="the same bits")
 
 
 def _evaluated(theory: Theory) -> list:
     recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=4, shuffle=True, seed=2, eval_batch=3)
     run = scenes.run(scenes.rectangular(5), theory, recipe)
     held = replace(run, evaluation=(("held", run.rows),), recipe=replace(recipe, eval_every=1))
-    return [scene("four shuffled steps, without and with an evaluation after each", Sequence((run, held)), family="replay")]
+    return [scene("four shuffled steps, without and with an evaluation after each", Sequence((run, held)),
+        family="replay")]
 
 
 @check(

@@ -41,7 +41,8 @@ def even(case: Case) -> Comparison:
 
 def _uneven(theory: Theory) -> list:
     recipe = replace(BASE, batch=2, accumulation=3)
-    return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe), family="accumulation")]
+    return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe),
+        family="accumulation")]
 
 
 @check(
@@ -149,8 +150,10 @@ def _clip(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
     split = replace(BASE, batch=2, accumulation=3)
     return [
-        scene("clipping at a fraction of the norm", scenes.run(pairs, theory, replace(BASE, clip_norm=2.0**-5)), family="clip"),
-        scene("the same over three micro-batches", scenes.run(pairs, theory, replace(split, clip_norm=2.0**-5)), family="clip"),
+        scene("clipping at a fraction of the norm", scenes.run(pairs, theory, replace(BASE, clip_norm=2.0**-5)),
+            family="clip"),
+        scene("the same over three micro-batches", scenes.run(pairs, theory, replace(split, clip_norm=2.0**-5)),
+            family="clip"),
     ]
 
 

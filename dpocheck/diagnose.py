@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpocheck import derive
 from dpocheck.experiment import Experiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
 from dpocheck.observation import LogpSeen, LossSeen, Seen, SequenceSeen, StepSeen, TrainSeen
 from dpocheck.oracle.faults import CHOICES
@@ -58,6 +59,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], Callable[[float], str]]] = {
 
 Evidence = list[tuple[Experiment, Seen]]
 Named = tuple[str, Theory]
+Numbers = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,7 @@ class Fact:
     peak: float
     trained: bool  # it shows what is trained, not only what is logged or told beside it
     vector: bool = False  # of a loss that returns one number a pair
+    plan: derive.Plan | None = None  # how it was derived from coarser experiments
 
     @property
     def informative(self) -> bool:
@@ -100,12 +103,15 @@ class Ranked:
 class Diagnostician:
     """Names the faults behind the failures of one subject."""
 
-    def __init__(self, theory: Theory, precision: float, predict: Predict, limit: Limit) -> None:
+    def __init__(
+        self, theory: Theory, precision: float, predict: Predict, limit: Limit, capabilities: tuple[str, ...] = ()
+    ) -> None:
+        """`capabilities`: the subject's.  What was derived from coarser runs is predicted by way of them."""
         self.theory, self.precision, self.predict, self.limit = theory, precision, predict, limit
+        self.capabilities = capabilities
 
     def named(self, result: Result, failing: Evidence, others: Evidence | Callable[[], Evidence]) -> Result:
-        """The result with the nearest faults, best first; `others` are what else was seen of the subject, or how to
-        see it, which is asked only where the failure leaves several faults open."""
+        """The result with the nearest faults, best first; `others`: what else was seen, or how to see it if needed."""
         if result.verdict != "fail" or not failing:
             return result
         best = self.ranked(failing, others)
@@ -125,28 +131,33 @@ class Diagnostician:
         if not found or found[0].left > EXACT:
             found = _merged(found, self._judged(self._fitted(first), facts))
         if not found or found[0].left > EXACT:
-            pairs = self._screened(first, list(self._pairs(first, found)))
-            found = _merged(found, self._judged(pairs, facts))
+            single = min((one.left for one in found), default=1.0)
+            pairs = self._judged(self._screened(first, list(dict(self._pairs(found)).items())), facts)
+            found = _merged(found, [one for one in pairs if one.left < single / 2])  # both take part in it
         best = [one for one in found if one.left <= NEAR]
         if len(best) > 1 and best[1].left <= best[0].left + EXACT:
             best = self._decided(best, _told(others))
         return best
-
-    # ------------------------------------------------------------------------------------------------------- facts
 
     def facts(self, evidence: Evidence) -> list[Fact]:
         found = []
         for experiment, seen in evidence:
             if seen.raised or seen.refused:
                 continue
-            paper = fields(self.predict, experiment, self.theory)
+            plan = self._plan(experiment, seen)
+            paper = fields(self.predict, experiment, self.theory, plan)
             for name, value in observables(seen):
                 if (truth := paper.get(name)) is not None and truth.shape == value.shape and value.size:
                     limit = self._noise(experiment, name, seen, value)
-                    vector = seen.via == "native" and getattr(seen, "per_pair", None) is not None
                     size = _distance(value, truth, limit)
-                    found.append(Fact(experiment, name, value, limit, *size, _trains(name), vector))
+                    found.append(Fact(experiment, name, value, limit, *size, _trains(name), _vector(seen), plan))
         return found
+
+    def _plan(self, experiment: Experiment, seen: Seen) -> derive.Plan | None:
+        if seen.via != "derived" or not self.capabilities:
+            return None
+        found = _planned(experiment, self.capabilities, self.theory)
+        return None if isinstance(found, str) else found
 
     def _noise(self, experiment: Experiment, name: str, seen: Seen, value: np.ndarray) -> np.ndarray:
         """What rounding explains, at least a thousandth of its greatest number; of the shape of the observable."""
@@ -176,7 +187,7 @@ class Diagnostician:
         """What the theory leaves of the paper's error; infinite where the paper is right and the theory is not."""
         if isinstance(fact.experiment, LossExperiment) and fact.vector:  # reduced here, not by the subject
             theory = theory.but(reduction=self.theory.reduction)
-        wrong = fields(self.predict, fact.experiment, theory).get(fact.name)
+        wrong = fields(self.predict, fact.experiment, theory, fact.plan).get(fact.name)
         if wrong is None:  # the fault leaves this observable open, so it explains nothing of it
             return 1.0 if fact.informative else 0.0
         if wrong.shape != fact.seen.shape:
@@ -232,7 +243,8 @@ class Diagnostician:
         def rest(value: float) -> np.ndarray:
             theory = self.theory.but(**{field: value})
             parts = [
-                ((fields(self.predict, f.experiment, theory)[f.name] - f.seen) / f.limit).ravel() / f.due for f in facts
+                ((fields(self.predict, f.experiment, theory, f.plan)[f.name] - f.seen) / f.limit).ravel() / f.due
+                for f in facts
             ]
             return np.concatenate(parts)
 
@@ -255,7 +267,7 @@ class Diagnostician:
         except Exception:
             return None
 
-    def _pairs(self, facts: list[Fact], found: list[Ranked]) -> Iterator[Named]:
+    def _pairs(self, found: list[Ranked]) -> Iterator[Named]:
         """Two faults at once: the most telling single faults, each with every other."""
         for one in found[:5]:
             for other, fault in candidates():
@@ -279,7 +291,8 @@ class Diagnostician:
         """Whether two faults predict the same, to rounding, of all the evidence: they cannot be told apart."""
         one, other = (self.theory.but(**fault.differs()) for fault in (first, second))
         for fact in self.facts(evidence):
-            left, right = (fields(self.predict, fact.experiment, theory).get(fact.name) for theory in (one, other))
+            both = (fields(self.predict, fact.experiment, theory, fact.plan) for theory in (one, other))
+            left, right = (found.get(fact.name) for found in both)
             if (left is None) != (right is None):
                 return False
             if left is not None and (left.shape != right.shape or _distance(left, right, fact.limit)[1] > 2.0):
@@ -289,8 +302,7 @@ class Diagnostician:
 
 def candidates() -> Iterator[Named]:
     """The known faults, and the allowed choices that the subject was not found to make."""
-    yield from FAULTS.items()
-    yield from CHOICES.items()
+    yield from (*FAULTS.items(), *CHOICES.items())
 
 
 def _merged(*lists: list[Ranked]) -> list[Ranked]:
@@ -314,9 +326,17 @@ def _cost(experiment: Experiment) -> float:
 
 
 @lru_cache(maxsize=60_000)
-def fields(predict: Predict, experiment: Experiment, theory: Theory) -> dict[str, np.ndarray]:
+def fields(predict: Predict, experiment: Experiment, theory: Theory, plan: derive.Plan | None = None) -> Numbers:
     """A prediction's numbers by name, remembered without the rest of it: many theories are asked of few experiments."""
-    return dict(observables(getattr(predict, "__wrapped__", predict)(experiment, theory)))
+    fresh = getattr(predict, "__wrapped__", predict)
+    if plan is None:
+        return dict(observables(fresh(experiment, theory)))
+    return dict(observables(plan.read(tuple(fresh(coarse, theory) for coarse in plan.experiments))))
+
+
+@lru_cache(maxsize=4096)
+def _planned(experiment: Experiment, capabilities: tuple[str, ...], theory: Theory) -> derive.Plan | str:
+    return derive.plan(experiment, capabilities, theory)
 
 
 def observables(seen: Seen) -> Iterator[tuple[str, np.ndarray]]:
@@ -339,6 +359,12 @@ def observables(seen: Seen) -> Iterator[tuple[str, np.ndarray]]:
         for name, value in sorted((seen.metrics or {}).items()):
             if name.startswith(("rewards/", "logps/")):
                 yield f"metrics.{name}", np.array(value)
+
+
+def _vector(seen: Seen) -> bool:
+    """Whether the reduced loss is the mean that is taken here, of one number a pair."""
+    each, reduced = getattr(seen, "per_pair", None), getattr(seen, "reduced", None)
+    return each is not None and reduced is not None and bool(np.isclose(np.mean(each), reduced, rtol=1e-6))
 
 
 def _trains(name: str) -> bool:

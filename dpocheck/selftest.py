@@ -133,7 +133,9 @@ def diagnosed(result: Result, run: Session, theory: Theory | None) -> tuple[list
     if result.verdict != "fail" or not failing:
         return [], None if theory is None else 0
     precision = max(run.subject.precisions.values(), default=2.0**-24)
-    doctor = diagnose.Diagnostician(run.subject.theory, precision, runner.cached_predict, runner.cached_bound)
+    doctor = diagnose.Diagnostician(
+        run.subject.theory, precision, runner.cached_predict, runner.cached_bound, run.subject.capabilities
+    )
     best = doctor.ranked(failing, lambda: panel(run.subject))[: diagnose.SHOWN]
     return [one.name for one in best], None if theory is None else rank(theory, best, doctor, failing)
 

@@ -123,7 +123,7 @@ NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewar
 def _held_out(theory: Theory) -> list:
     run, held = _evaluation(theory)[0].experiments[0], scenes.run(scenes.rectangular(8), theory).rows
     return [scene("eight held-out pairs in two batches of four", replace(
-        run, evaluation=(("held", held),), recipe=replace(run.recipe, eval_batch=4)), family="evaluation")]  # fmt: skip
+        run, evaluation=(("held", held),), recipe=replace(run.recipe, eval_batch=4)), family="held out")]  # fmt: skip
 
 
 @check(

@@ -8,6 +8,7 @@ capability needs it, so that trainers of other frameworks are driven by the same
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], stat
 def describe(adapter: Any) -> dict[str, Any]:
     """What the header of a report says about an adapter."""
     says = getattr(adapter, "says", None) or Says()
+    if not isinstance(says, Says | Mapping):
+        raise BadAnswer(f"the adapter's `says` is {_kind(says)}; expected dpocheck.adapter.Says(...)")
     return {
         "capabilities": list(capabilities(adapter)),
         "says": asdict(says) if is_dataclass(says) else dict(says),
@@ -56,7 +59,7 @@ def describe(adapter: Any) -> dict[str, Any]:
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
         "only": dict(getattr(adapter, "only", {})),
         "form": getattr(adapter, "form", "adapter"),
-        "lines": getattr(adapter, "lines", None) or code_lines(type(adapter)),
+        "lines": code_lines(type(adapter)) if getattr(adapter, "lines", None) is None else adapter.lines,
         "standalone": callable(getattr(adapter, "standalone", None)),
     }
 
@@ -160,7 +163,8 @@ def _tensor(value: Any, what: str, pairs: int) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import linecache
 import os
 import sys
@@ -29,7 +30,7 @@ def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict
         deepest = _deepest(raised)
         adapter = deepest in files or _is_complaint(raised)
         suite = deepest.startswith(_HERE) and not adapter and not deepest.startswith(_OURS_AS_SUBJECT)
-        lines = _traceback(raised)
+        lines = _traceback(raised, suite)
     except BaseException as error:
         adapter, suite, lines = False, False, [f"<the traceback cannot be shown: {type(error).__name__}>"]
     kind = "Unsupported" if isinstance(raised, Unsupported) else "Exception"
@@ -91,8 +92,16 @@ def _deepest(raised: BaseException) -> str:
     return file
 
 
-def _traceback(raised: BaseException) -> list[str]:
-    """The traceback, innermost last, causes first; our own loop's frames and the middle of a long one left out."""
+def _is_ours(file: str) -> bool:
+    """A frame that says nothing about the subject: this package's, or the import system's."""
+    if file.startswith("<frozen importlib") or file == importlib.__file__:
+        return True
+    return file.startswith(_HERE) and not file.startswith(_OURS_AS_SUBJECT)
+
+
+def _traceback(raised: BaseException, suite: bool) -> list[str]:
+    """The traceback, innermost last, causes first; the middle of a long one is left out, and our own frames are unless
+    the fault is ours.  Empty where nothing of the subject's is left: the message then says it all."""
     chain: list[BaseException] = []
     one: BaseException | None = raised
     while one is not None and len(chain) < CAUSES and all(one is not other for other in chain):
@@ -100,19 +109,19 @@ def _traceback(raised: BaseException) -> list[str]:
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
     lines: list[str] = []
     for exception in reversed(chain):
-        frames = _frames(exception)
+        frames = _frames(exception, suite)
         if len(frames) > 2 * FRAMES:
             gap = f"  ... {len(frames) - 2 * FRAMES} frames left out ..."
             frames = [*frames[:FRAMES], gap, *frames[-FRAMES:]]
-        lines += [*frames, f"{_type_name(exception)}: {_message(exception)[:2000]}"]
-    return lines
+        lines += [*frames, headline(_type_name(exception), _message(exception)[:2000])]
+    return lines if len(lines) > len(chain) else []
 
 
-def _frames(raised: BaseException) -> list[str]:
+def _frames(raised: BaseException, suite: bool) -> list[str]:
     frames, tb = [], raised.__traceback__
     while tb is not None:
         code = tb.tb_frame.f_code
-        if code.co_filename != _HERE + "worker.py":
+        if suite or not _is_ours(code.co_filename):
             source = linecache.getline(code.co_filename, tb.tb_lineno).strip()[:200]
             frames.append(f'  File "{code.co_filename}", line {tb.tb_lineno}, in {code.co_name}')
             if source:

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from dpocheck.adapter import capabilities
+from dpocheck.adapter import CAPABILITIES, capabilities
 
 GROUP = "dpocheck.adapters"
 CONTRACT = {"loss": {"objective"}, "sequence_logps": {"batch"}, "step": {"objective"}, "train": {"recipe"}}
@@ -75,10 +75,41 @@ def is_adapter(thing: Any) -> bool:
 
 def _ready(found: Any, owner: type | None, subject: str) -> Any:
     if owner is None and is_adapter(found):
-        return found() if isinstance(found, type) else found
+        return _made(found, subject) if isinstance(found, type) else found
+    if owner is None and not callable(found):
+        raise NotLoadable(f"{subject} is {_a(found)}; an adapter or a function is audited")
+    if isinstance(found, type) and not _has_methods(found):
+        raise NotLoadable(
+            f"{subject} has none of the methods {', '.join(CAPABILITIES)}; an adapter has one or more of them "
+            "(dpocheck/adapter.py; `dpocheck new-adapter NAME` writes one that runs)"
+        )
     from dpocheck.functions import as_adapter
 
     return as_adapter(found, subject, owner=owner)
+
+
+def _made(adapter: type, subject: str) -> Any:
+    try:
+        inspect.signature(adapter).bind()
+    except TypeError as error:
+        raise NotLoadable(
+            f"{subject} cannot be made without arguments ({error}); give them defaults, or make one in the file, as "
+            f"`adapter = {adapter.__name__}(...)`, and audit that name"
+        ) from None
+    except ValueError:  # a signature that cannot be read
+        pass
+    return adapter()
+
+
+def _has_methods(found: type) -> bool:
+    """Is there anything of its own that could be called, however it is named?"""
+    own = [name for base in found.__mro__ if base is not object for name, held in vars(base).items() if callable(held)]
+    return any(not name.startswith("__") or name == "__call__" for name in own)
+
+
+def _a(thing: Any) -> str:
+    name = "module" if inspect.ismodule(thing) else type(thing).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _file(path: Path) -> Any:

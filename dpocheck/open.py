@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,6 +13,8 @@ from dpocheck.loading import split
 from dpocheck.parameters import NotRecognised
 from dpocheck.subject import Subject
 from dpocheck.transports import Broken, InFiles, InProcess, InWorker, Refused
+
+LEAST_MEMORY = 0.75  # GB; below it torch is not imported, and the process ends without a word
 
 
 class UsageError(Exception):
@@ -25,6 +28,7 @@ def open_subject(
 
     `jobs`: how many runs are made side by side, each in a worker of its own; a live object has but one process.
     """
+    _limits(timeout, memory)
     if not isinstance(subject, str | Path):
         return Subject(type(subject).__name__, InProcess(_adapted(subject)), folder)
     name = str(subject)
@@ -37,7 +41,7 @@ def open_subject(
         trains = "train" in transport.about["capabilities"]
     except (Broken, Refused) as fault:
         kind, _, message = str(fault).partition(": ")
-        if kind in ("NotLoadable", "NotRecognised"):  # said to a person already: no traceback adds to it
+        if kind in ("NotLoadable", "NotRecognised", "BadAnswer"):  # said to a person already: no traceback adds to it
             raise UsageError(message) from fault
         tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
         raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault
@@ -46,6 +50,14 @@ def open_subject(
         return lambda: InWorker.start(name, folder / f"worker{number}", seconds=timeout, memory_gb=memory)
 
     return Subject(name, transport, folder, [another(number) for number in range(1, jobs)] if trains else ())
+
+
+def _limits(timeout: float, memory: float) -> None:
+    for name, value, unit in (("timeout", timeout, "seconds"), ("memory", memory, "GB")):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} is {value:g}; it must be a number of {unit} above 0")
+    if memory < LEAST_MEMORY:
+        raise UsageError(f"memory is {memory:g} GB; torch alone takes more to import: allow {LEAST_MEMORY:g} or more")
 
 
 def _adapted(subject: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What may a subject do to those who audit it?  Each class is a right loss that misbehaves where margins are extreme."""
+"""What may a subject do to those who audit it?  Each class is a right loss that misbehaves at extreme margins."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from dpocheck.adapter import TrainOut
+from dpocheck.miniature import MINIATURE
 
 FAR = 500.0  # only the check of extreme margins asks for log-probs beyond this
 LOUD = "the subject was here"
@@ -170,3 +174,61 @@ class ClosesEverything(Honest):
             with contextlib.suppress(OSError):
                 os.close(fd)
         return losses
+
+
+class Everything(Honest):
+    """All that can be put back, at once."""
+
+    def deed(self, losses):
+        os.write(1, b"y" * (1 << 20))
+        for other in (ChangesDtype, ChangesRandom, ChangesPlace, Patches, ClosesEverything, Forks):
+            other.deed(self, losses)
+        return losses
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+class NothingBack:
+    def train(self, probe, rows, recipe, folder):
+        return None
+
+
+class NotAModel:
+    def train(self, probe, rows, recipe, folder):
+        return TrainOut(policy=["weights"])
+
+
+class Unmoved:
+    def train(self, probe, rows, recipe, folder):
+        return TrainOut(policy=probe.policy())
+
+
+class TrainsTheReference:
+    """The reference that was handed over is moved too, after the step."""
+
+    says = MINIATURE.says
+
+    def train(self, probe, rows, recipe, folder):
+        kept = {}
+
+        def load(what):
+            kept[what] = probe.load(what)
+            return kept[what]
+
+        done = MINIATURE.train(replace(probe, load=load), rows, recipe, folder)
+        if "reference" in kept:
+            with torch.no_grad():
+                for weights in kept["reference"].parameters():
+                    weights.mul_(1.5)
+        return done
+
+
+class DiesWhenAccumulating:
+    says = MINIATURE.says
+
+    def train(self, probe, rows, recipe, folder):
+        if recipe.accumulation > 1:
+            print(LOUD, flush=True)
+            ctypes.string_at(0)
+        return MINIATURE.train(probe, rows, recipe, folder)

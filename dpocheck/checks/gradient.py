@@ -63,7 +63,8 @@ def tokens(case: Case) -> Comparison:
     extra = (np.abs(paper) == 0) & (np.abs(seen) > limit)
     if not (missing | extra).any():
         return Comparison("pass", error=0.0, bound=float(limit.max()))
-    wrong = np.where(missing | extra, np.abs(seen - paper) / limit, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wrong = np.where(missing | extra, np.abs(seen - paper) / limit, 0.0)
     cell = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
     return Comparison(
         "fail", error=float(abs(seen[cell] - paper[cell])), bound=float(limit[cell]), observed=float(seen[cell]),

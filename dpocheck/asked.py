@@ -1,4 +1,4 @@
-"""What does a person ask of an audit, and what is refused before anything is started?  For the command line and Python."""
+"""What does a person ask of an audit, and what is refused before anything is started?"""
 
 from __future__ import annotations
 

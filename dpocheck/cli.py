@@ -39,7 +39,8 @@ def cli() -> None:
 @click.option("--tier", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--only", metavar="ID", multiple=True, help="Run this check alone; may be given several times.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the drawn experiments.")
-@click.option("--jobs", type=click.IntRange(min=0), default=0, help="Runs side by side; by default two where there are two cores.")
+@click.option("--jobs", type=click.IntRange(min=0), default=0, 
+              help="Runs side by side; by default two where there are two cores.")  # fmt: skip
 @click.option("--known", metavar="FILE", type=click.Path(path_type=Path), help="Known failures, TOML.")
 @click.option("--fail-on", type=click.Choice(["must", "should"]), default="should", show_default=True,
               help="The lowest level whose failure counts for the exit code.")  # fmt: skip
@@ -73,7 +74,8 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
             warnings.simplefilter("ignore")  # of numbers that overflow in a prediction, which the verdict accounts for
             report = runner.run(options, progress)
     if expected:
-        report = apply(report, expected, datetime.date.today(), left_out=asked.left_out(options, catalogue(), questions()))
+        unasked = asked.left_out(options, catalogue(), questions())
+        report = apply(report, expected, datetime.date.today(), left_out=unasked)
     report, folder = _write(report, options, chosen, out)
     _print(report, folder)
     sys.exit(report.exit_code(fail_on))

@@ -1,4 +1,4 @@
-"""What is asked of a subject that has its beta, or its kind of loss, hard-coded?  The same, at its own beta."""
+"""At which objective is an experiment put to a subject?  The ordinary one, the one asked for, or its hard-coded one."""
 
 from __future__ import annotations
 
@@ -6,30 +6,118 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dpocheck.experiment import Experiment, LossExperiment, Objective, StepExperiment
+from dpocheck.experiment import (
+    Experiment,
+    LogpExperiment,
+    LossExperiment,
+    Objective,
+    Sequence,
+    TrainExperiment,
+)
 
 FOUR = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-ORDINARY = 0.5  # the beta of experiments that are not about beta
+ORDINARY = Objective(beta=0.5)  # of experiments that are not about the objective
+LENGTH = 3  # completion tokens, where an objective per token is asked of bare numbers
+
+# Checks whose claim holds for -log sigma(beta h) alone, and the part of it that another objective does not have.
+SIGMOID_ONLY = {
+    "LOSS-ZERO-MARGIN": "the loss is log 2 at zero margin",
+    "LOSS-SWAP": "L(m) - L(-m) = -m",
+    "LOSS-SHAPE": "the loss lies between max(0, -m) and max(0, -m) + log 2",
+    "LORA-REFERENCE": "the first loss is log 2",
+}
+# Checks whose experiments belong together at one beta: they stay at the ordinary objective.
+PLACED = ("LOSS-BETA-SCALE", "ONE-TRAINER", "GRAD-OPTIMUM", "OPTIMUM-RECOVERED")
+# Claims that a further part of an objective breaks.
+BROKEN_BY = {
+    "LOGZ-NORMALISER": (lambda asked: asked.kind == "simpo", "rewards without a reference do not normalise"),
+    "LOGZ-POLICY": (lambda asked: asked.sft_weight > 0, "an SFT term sees a constant on the policy's log-probs"),
+}
+# How a judge says that its input has no power.  At another objective that is the objective's doing.
+NO_POWER = ("this input cannot tell", "would end within the bound", "would not show", "is not told apart")
 
 
-def own(experiment: Experiment, only: Mapping[str, Any]) -> Experiment:
-    """The experiment at the one beta a subject has.  `only`: option -> the value it is fixed at.
+def own(experiment: Experiment, only: Mapping[str, Any], asked: Objective | None = None) -> Experiment:
+    """The experiment at the objective that is asked for, or at the one beta that a subject has.
 
+    `only`: option -> the value it is fixed at in the subject.  `asked`: what takes the place of the ordinary objective.
     A loss experiment keeps its margins beta * h, its log-probs being scaled: a check that places margins finds them
-    where it put them.  Experiments about other betas stay as they are: the subject refuses them, and their checks
-    become not-applicable.
+    where it put them.  Experiments about other objectives stay as they are: a subject that has none of them refuses
+    them, and their checks become not-applicable.
     """
-    if "beta" not in only or not isinstance(experiment, LossExperiment | StepExperiment):
+    if isinstance(experiment, Sequence):
+        return replace(experiment, runs=tuple(own(run, only, asked) for run in experiment.runs))
+    if isinstance(experiment, LogpExperiment):
         return experiment
-    if experiment.objective.beta != ORDINARY:
+    if isinstance(experiment, TrainExperiment):
+        recipe = experiment.recipe
+        return replace(experiment, recipe=replace(recipe, objective=_own(recipe.objective, {}, asked)))
+    objective = _own(experiment.objective, only, asked)
+    if objective == experiment.objective:
         return experiment
-    changes: dict[str, Any] = {"objective": replace(experiment.objective, beta=only["beta"])}
-    if isinstance(experiment, LossExperiment):
-        scale = ORDINARY / only["beta"]
-        changes |= {name: tuple(scale * logp for logp in getattr(experiment, name)) for name in FOUR}
-    return replace(experiment, **changes)
+    return _scaled(experiment, objective) if isinstance(experiment, LossExperiment) else replace(
+        experiment, objective=objective
+    )  # fmt: skip
+
+
+def _own(objective: Objective, only: Mapping[str, Any], asked: Objective | None) -> Objective:
+    if asked is not None and objective == ORDINARY:
+        return asked
+    if "beta" in only and objective.beta == ORDINARY.beta:
+        return replace(objective, beta=only["beta"])
+    return objective
+
+
+def _scaled(experiment: LossExperiment, objective: Objective) -> LossExperiment:
+    """The same margins under another objective; per token, completions of three tokens each."""
+    scale, lengths = experiment.objective.beta / objective.beta, experiment.lengths
+    if lengths is None and (objective.kind in ("ipo", "simpo") or objective.length_normalised or objective.sft_weight):
+        lengths = ((LENGTH, LENGTH),) * len(experiment.policy_chosen)
+    numbers = {name: tuple(scale * logp for logp in getattr(experiment, name)) for name in FOUR}
+    return replace(experiment, objective=objective, lengths=lengths, **numbers)
 
 
 def plain(only: Mapping[str, Any]) -> Objective:
     """The plainest objective that a subject can be asked for: that of the smoke stage."""
-    return Objective(kind=only.get("kind", "sigmoid"), beta=only.get("beta", ORDINARY))
+    return Objective(kind=only.get("kind", ORDINARY.kind), beta=only.get("beta", ORDINARY.beta))
+
+
+def asked_of(check: str, asked: Objective | None) -> Objective | None:
+    """What takes the place of the ordinary objective in the experiments of a check."""
+    return None if check in PLACED else asked
+
+
+def outside(check: str, asked: Objective | None) -> str | None:
+    """Why a check says nothing about the objective asked for; None where it does."""
+    if asked is None or replace(asked, beta=ORDINARY.beta) == ORDINARY:
+        return None
+    if check in SIGMOID_ONLY:
+        return f"only of the sigmoid loss is it true that {SIGMOID_ONLY[check]}; asked for is {words(asked)}"
+    if check in PLACED:
+        return f"its numbers are placed for {words(ORDINARY)}; asked for is {words(asked)}"
+    if check in BROKEN_BY and BROKEN_BY[check][0](asked):
+        return f"{BROKEN_BY[check][1]}; asked for is {words(asked)}"
+    return None
+
+
+def powerless(reason: str, asked: Objective | None) -> str | None:
+    """Where a judge cannot tell at the objective asked for what it can tell at the ordinary one: that, in words."""
+    if asked is None or asked == ORDINARY or not any(phrase in reason for phrase in NO_POWER):
+        return None
+    return f"made for {words(ORDINARY)}; at {words(asked)}: {reason}"
+
+
+def clash(only: Mapping[str, Any], asked: Objective | None) -> str | None:
+    """Why a subject cannot be asked for the objective: it has another one hard-coded; None where it can."""
+    for name, value in only.items():
+        if asked is not None and hasattr(asked, name) and getattr(asked, name) != value:
+            return f"{words(asked)} was asked for, and the subject has its {name} fixed at {value}"
+    return None
+
+
+def words(objective: Objective) -> str:
+    """An objective in a line, as `--objective` reads it."""
+    kind = "dpo" if objective.kind == "sigmoid" else objective.kind
+    values = {name: getattr(objective, name) for name in ("beta", "label_smoothing", "gamma", "sft_weight")}
+    settings = "".join(f",{name}={value:g}" for name, value in values.items() if value)
+    return kind + settings + (",length_normalised=true" if objective.length_normalised else "")

@@ -49,6 +49,7 @@ class Piecewise:
         except BaseException:
             self.folder.cleanup()
             raise
+        self.subject.objective = options.objective
         self.trouble = smoke.test(self.subject)
         found = [] if self.trouble else conventions.resolve(self.subject, runner.cached_predict)
         self.answers = {result.id: result for result in found}

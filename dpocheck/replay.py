@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from dpocheck.asked import parse_objective
 from dpocheck.check import CHECKS, Scene
 from dpocheck.experiment import from_plain
 from dpocheck.piecewise import Piecewise, unsaid, versions
@@ -21,7 +22,8 @@ def replay(stored: dict[str, Any]) -> Result:
         raise UsageError(f"stored for version {version} of {id}, now at {versions()[id]}: audit the subject again")
     given = stored.get("options") or {}
     limits = {name: float(given[name]) for name in ("timeout", "memory") if name in given}
-    with Piecewise(Options(subject=stored["subject"], tier="full", **limits)) as subject:
+    objective = parse_objective(given["objective"]) if given.get("objective") else None
+    with Piecewise(Options(subject=stored["subject"], tier="full", objective=objective, **limits)) as subject:
         if id in CHECKS:
             scene = Scene(stored.get("scene") or "stored", from_plain(stored["experiments"]))
             return subject.judge(replace(CHECKS[id], scenes=[scene]))

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpocheck import budget, conventions, diagnose, identify, smoke
+from dpocheck import budget, conventions, diagnose, fixed, identify, smoke
 from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
 from dpocheck.ahead import default_jobs
 from dpocheck.check import CHAPTERS, CHECKS, STAGES, Check
@@ -63,7 +63,10 @@ def run(options: Options, progress: Callable[[Progress], None] | None = None) ->
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         subject = open_subject(options.subject, Path(folder), timeout=options.timeout, memory=options.memory,
                                jobs=options.jobs or default_jobs())  # fmt: skip
+        subject.objective = options.objective
         try:
+            if reason := fixed.clash(subject.only, options.objective):
+                raise UsageError(f"{options.subject}: {reason}; leave --objective away, or make it a parameter")
             return _audit(subject, selected, options, tell, started)
         finally:
             subject.close()
@@ -81,7 +84,8 @@ def _audit(
     tell(Progress(0, len(selected), "conventions"))
     sparing = budget.is_costly(subject) and options.tier == "quick"
     if not sparing:
-        subject.run_ahead(question.experiment(subject.theory) for question in conventions.asked_of(subject))
+        questions = conventions.asked_of(subject)
+        subject.run_ahead(subject.own(question.experiment(subject.theory)) for question in questions)
     asked = conventions.resolve(subject, cached_predict, remembered=sparing)
     results: list[Result] = [] if options.only else asked
     session = Session(
@@ -92,7 +96,7 @@ def _audit(
         session.chosen = budget.choose(subject, selected)
         selected = [check for check in selected if check.id in session.chosen]
     subject.run_ahead(
-        experiment
+        subject.own(experiment, check.id)
         for check in selected
         for scene in session.scenes(check)
         if options.tier == "full" or scene.tier == "quick"
@@ -113,7 +117,7 @@ def diagnosed(results: list[Result], session: Session) -> list[Result]:
     subject = session.subject
     others = [(e, s) for e, s in subject.witnesses() if not (s.raised or s.refused)]
     precision = max(subject.precisions.values(), default=2.0**-24)
-    doctor = diagnose.Diagnostician(subject.theory, precision, cached_predict, cached_bound)
+    doctor = diagnose.Diagnostician(subject.theory, precision, cached_predict, cached_bound, subject.capabilities)
     named = []
     for result in results:
         named.append(doctor.named(result, diagnose.evidence(session.seen.get(result.id, [])), others))

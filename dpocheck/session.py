@@ -9,6 +9,7 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpocheck import fixed
 from dpocheck.check import STAGES, Case, Check, Comparison, Scene
 from dpocheck.draw import draw, joined
 from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
@@ -107,7 +108,10 @@ class Session:
 
     def outcome(self, check: Check, scene: Scene) -> Outcome:
         """Observe one scene and judge it."""
-        scene = replace(scene, experiments=tuple(self.subject.own(experiment) for experiment in scene.experiments))
+        if reason := fixed.outside(check.id, self.subject.objective):
+            return Outcome(Comparison("not-applicable", reason=reason), scene)
+        own = tuple(self.subject.own(experiment, check.id) for experiment in scene.experiments)
+        scene = replace(scene, experiments=own)
         for experiment in scene.experiments:
             if reason := self.subject.cannot(experiment):
                 return Outcome(Comparison("not-applicable", reason=reason), scene)
@@ -131,6 +135,8 @@ class Session:
             comparison = check.judge(case)
         except Exception:
             comparison = Comparison("unknown", reason="the check itself broke: " + traceback.format_exc(limit=-2))
+        if comparison.verdict == "unknown" and (reason := fixed.powerless(comparison.reason, self.subject.objective)):
+            comparison = replace(comparison, verdict="not-applicable", reason=reason)
         output = next((seen.output for seen in observed if seen.output), None)
         return Outcome(comparison, scene, observed[0].via, output, observed=tuple(observed))
 

@@ -26,7 +26,7 @@ REFERENCE = Table(64, 0.0, ((1, 2, -0.375), (4, 5, 0.9375), (7, 10, 0.6875)))
 
 def experiments(subject: Subject) -> list:
     """One small experiment for each capability the subject has."""
-    objective = fixed.plain(subject.only)
+    objective = fixed.ORDINARY if subject.objective else fixed.plain(subject.only)
     row = TokenRow((0, 1, 2, 3, WORDS.eos), (1, 1, 1, 1, 1), (0, 0, 1, 1, 1))
     made = {
         "loss": LossExperiment((-3.5, -6.3), (-6.1, -5.9), (-4.2, -5.7), (-5.3, -6.6), objective),
@@ -34,7 +34,7 @@ def experiments(subject: Subject) -> list:
         "step": StepExperiment(POLICY, REFERENCE, PAIRS, objective, pad=WORDS.pad, eos=WORDS.eos),
         "train": scenes.run(scenes.rectangular(6), subject.theory),
     }  # fmt: skip
-    return [made[name] for name in subject.capabilities]
+    return [subject.own(made[name]) for name in subject.capabilities]
 
 
 def test(subject: Subject) -> str | None:

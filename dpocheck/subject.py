@@ -61,9 +61,9 @@ class Subject:
         self.ahead.close()
 
     def run_ahead(self, experiments: Iterable[Experiment]) -> None:
-        """Start the whole runs that the experiments will need; they are taken when they are asked for."""
+        """Start the whole runs that the subject's own experiments need; they are taken when they are asked for."""
         for experiment in experiments:
-            for run in self.whole_runs(self.own(experiment)):
+            for run in self.whole_runs(experiment):
                 if isinstance(run, Sequence):
                     self.ahead.submit(run, self._sequence)
                 elif self._remembered_as(run) not in self.memory:
@@ -124,9 +124,9 @@ class Subject:
             if not isinstance(experiment, TrainExperiment) or experiment.policy is not None
         ]
 
-    def own(self, experiment: Any) -> Any:
-        """The experiment at the objective that is asked for, or at the beta that the subject has hard-coded."""
-        return fixed.own(experiment, self.only, self.objective)
+    def own(self, experiment: Any, check: str = "") -> Any:
+        """The experiment at the objective asked of a check, or at the beta that the subject has hard-coded."""
+        return fixed.own(experiment, self.only, fixed.asked_of(check, self.objective))
 
     def cannot(self, experiment: Experiment) -> str | None:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""

@@ -95,8 +95,8 @@ def config(recipe: Recipe, folder: Path) -> TrainConfig:
             "truncation": recipe.truncation,
         }  # fmt: skip
     base = settings(recipe.objective)
-    # The audit hooks the whole model and its decoder.  A hook on the whole model sends the trainer to its full path, but
-    # what people run on a Llama is the chunked one.
+    # The audit puts hooks on the whole model and on its decoder.  A hook on the whole model sends the trainer to its
+    # full path, but what people run on a Llama is the chunked one.
     return TrainConfig(
         logps="chunked",
         output_dir=str(folder), optimizer=recipe.optimizer, learning_rate=recipe.learning_rate,

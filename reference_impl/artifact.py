@@ -13,21 +13,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from reference_impl.checkpoint import CheckpointError, save_policy
-from reference_impl.config import save_config
+from reference_impl.checkpoint import FINAL, CheckpointError, save_policy
+from reference_impl.config import to_yaml
 from reference_impl.files import whole_folder
 
 if TYPE_CHECKING:
     from reference_impl.prepare import Run
 
-FINAL = "final"
-
 
 def command_line() -> str:
-    """The command of this process, as a shell reads it."""
-    name = Path(sys.argv[0]).name
-    start = ["python", "-m", "reference_impl"] if name == "__main__.py" else [name or "python"]
-    return shlex.join([*start, *sys.argv[1:]])
+    """The command of this process, as a shell reads it: `dpo-train …`, `python -m …` or `python script.py …`."""
+    script = Path(sys.argv[0])
+    if script.suffix == "" and script.is_file():
+        return shlex.join([script.name, *sys.argv[1:]])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def save_final(run: Run, rows: list[dict[str, Any]]) -> Path:
@@ -41,7 +40,7 @@ def save_final(run: Run, rows: list[dict[str, Any]]) -> Path:
     try:
         with whole_folder(target, facts) as writing:
             save_policy(run.policy, writing)
-            save_config(run.config, writing / "train_config.yaml")
+            (writing / "train_config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
             (writing / "README.md").write_text(model_card(run, rows), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target} could not be written ({error}): make room, run the same command") from error

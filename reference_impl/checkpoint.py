@@ -29,6 +29,7 @@ from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
 
 log = logging.getLogger("reference_impl")
+FINAL = "final"
 
 # A continued run may change where things are and what is reported, and how a step's pairs are split; the objective, the
 # data, the steps and the precision it may not.  Paths of models and data are compared by content, not by name.
@@ -167,6 +168,8 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
             return path
     if found:
         raise CheckpointError(f"all checkpoints in {folder} are damaged: remove them to start anew")
+    if folder is not None and (folder / FINAL).exists():
+        raise ConfigError(f"{folder} has the model of a run that is done: give another output_dir, or remove {FINAL}")
     return None
 
 

@@ -50,15 +50,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(settings: Sequence[str], show_config: bool = False) -> int:
     """Loads the config, trains, and turns every refusal into one line; returns the exit code."""
-    from reference_impl.config import ConfigError
+    from reference_impl.config import ConfigError, to_yaml
 
     _log_to_stderr()
     try:
         config = _config(settings)
         if show_config:
-            from omegaconf import OmegaConf
-
-            click.echo(OmegaConf.to_yaml(OmegaConf.structured(config)), nl=False)
+            click.echo(to_yaml(config), nl=False)
             return 0
         _needs(config, "model", "train", "output_dir")
     except ConfigError as error:
@@ -114,6 +112,7 @@ def _train(config: TrainConfig) -> int:
     from reference_impl.checkpoint import CheckpointError
     from reference_impl.config import ConfigError
     from reference_impl.data import DataError
+    from reference_impl.files import DiskError
     from reference_impl.models import ModelError
     from reference_impl.progress import Screen
     from reference_impl.training import TrainingError, train
@@ -124,7 +123,7 @@ def _train(config: TrainConfig) -> int:
             result = train(config, watcher=screen)
         except (ConfigError, DataError, ModelError) as error:
             return _refused(error, 2, screen)
-        except (CheckpointError, TrainingError) as error:
+        except (CheckpointError, DiskError, TrainingError) as error:
             return _refused(error, 1, screen)
     if result.stopped:
         step, path = max(result.checkpoints.items())
@@ -137,7 +136,8 @@ def _train(config: TrainConfig) -> int:
 def _refused(error: Exception, code: int, screen: Screen | None = None) -> int:
     if screen is not None:
         screen.close()
-    click.echo(f"dpo-train: {' '.join(str(error).split())}", err=True)
+    if os.environ.get("RANK", "0") == "0":  # one message, however many processes a launcher has started
+        click.echo(f"dpo-train: {' '.join(str(error).split())}", err=True)
     return code
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,6 +247,15 @@ def _combination_problems(c: TrainConfig) -> Any:
             yield f"trackers has {name!r}, but knows {', '.join(TRACKERS)}; metrics.jsonl is always written"
 
 
+def check_processes() -> None:
+    """Raises ConfigError where a launcher has started several processes: each would train a model of its own."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"{processes} processes were started (WORLD_SIZE={processes}), but a run has one: start it without torchrun"
+        )
+
+
 def check_folders(config: TrainConfig) -> None:
     """Raises ConfigError for a setting that needs a folder where none is given (train() may be passed one)."""
     if config.output_dir is not None:
@@ -286,11 +296,11 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Train
         raise ConfigError(_one_line(error, file)) from error
 
 
-def save_config(config: TrainConfig, file: str | Path) -> None:
-    """Writes every setting, resolved, as YAML that load_config reads back to an equal record."""
+def to_yaml(config: TrainConfig) -> str:
+    """Every setting, resolved, as YAML that load_config reads back to an equal record."""
     from omegaconf import OmegaConf
 
-    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _refuse_repeats(overrides: Sequence[str]) -> None:

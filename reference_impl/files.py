@@ -19,6 +19,43 @@ class DamagedError(ValueError):
     """A folder that is not what its manifest says."""
 
 
+class DiskError(RuntimeError):
+    """A file of a run that cannot be written; says what to do."""
+
+    def __init__(self, file: Path, error: OSError) -> None:
+        super().__init__(f"{file} could not be written ({error.strerror or error}): make room, run the same command")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        DiskError: the disk is full or gone; an older file is as it was.
+    """
+    part = file.with_name(f"{WRITING}{file.name}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DiskError(file, error) from error
+
+
+def append_text(file: Path, text: str) -> None:
+    """Adds to a file all of a text or nothing.
+
+    Raises:
+        DiskError: the disk is full or gone.
+    """
+    whole = file.stat().st_size
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        os.truncate(file, whole)
+        raise DiskError(file, error) from error
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Yields an empty folder beside `target`; what is in it at the end becomes `target` in one rename, with a manifest.
@@ -59,7 +96,10 @@ def remove_leftovers(parent: Path) -> None:
     """Removes what a killed process was writing or removing."""
     for path in parent.iterdir():
         if path.name.startswith((WRITING, REMOVING)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

@@ -6,15 +6,18 @@ of means, so it does not depend on how the pairs were split.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
-from reference_impl.config import ConfigError
+from reference_impl.config import ConfigError, TrainConfig
+from reference_impl.files import append_text, write_text
 
 
 class PairSums:
@@ -44,29 +47,31 @@ class History:
     def __init__(self, folder: Path | None, rows: list[dict[str, Any]], trackers: list[Tracker]) -> None:
         self.rows = list(rows)
         self._trackers = trackers
-        self._file: TextIO | None = None
-        if folder is not None:
+        self._path = folder / "metrics.jsonl" if folder is not None else None
+        if self._path is not None:
             # Rows after the checkpoint that a run continues from belong to steps that will be made again.
-            self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-            for row in self.rows:
-                self._file.write(to_line(row))
-            self._file.flush()
+            write_text(self._path, "".join(to_line(row) for row in self.rows))
 
     def add(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        """Raises DiskError: the disk is full or gone."""
         row = {"step": step, "split": split, "metrics": metrics}
         self.rows.append(row)
-        if self._file is not None:
-            self._file.write(to_line(row))
-            self._file.flush()
+        if self._path is not None:
+            append_text(self._path, to_line(row))
         for tracker in self._trackers:
-            tracker(step, split, metrics)
+            tracker.row(step, split, metrics)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
-Tracker = Callable[[int, str, dict[str, float]], None]
+@dataclass(frozen=True)
+class Tracker:
+    """Something else that is told every row, and when there are no more."""
+
+    row: Callable[[int, str, dict[str, float]], None]
+    close: Callable[[], object] = lambda: None
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -76,25 +81,27 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise ConfigError(f"trackers has {name}, but {name} is not installed: pip install {name}, or leave it out")
 
 
-def open_trackers(names: tuple[str, ...], folder: Path, settings: dict[str, Any]) -> list[Tracker]:
+def open_trackers(config: TrainConfig, folder: Path | None, first_step: int) -> list[Tracker]:
     """TensorBoard and Weights & Biases, where asked for (check_trackers first)."""
-    return [{"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings) for name in names]
+    known = {"tensorboard": _tensorboard, "wandb": _wandb}
+    return [known[name](folder, dataclasses.asdict(config), first_step) for name in config.trackers]
 
 
-def _tensorboard(folder: Path, settings: dict[str, Any]) -> Tracker:
+def _tensorboard(folder: Path, settings: dict[str, Any], first_step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    # Steps after the checkpoint that a run continues from will be made again.
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def track(step: int, split: str, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             writer.add_scalar(f"{split}/{name}", value, step)
         writer.flush()
 
-    return track
+    return Tracker(track, writer.close)
 
 
-def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
+def _wandb(folder: Path, settings: dict[str, Any], first_step: int) -> Tracker:
     import wandb
 
     run = wandb.init(dir=str(folder), config=settings)
@@ -103,7 +110,7 @@ def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
         # Evaluation and training rows of one step share it; wandb refuses a step that goes back.
         run.log({f"{split}/{name}": value for name, value in metrics.items()} | {"step": step})
 
-    return track
+    return Tracker(track, run.finish)
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from reference_impl import models
 from reference_impl.checkpoint import close_folder
 from reference_impl.config import RESERVED_SPLITS, ConfigError, TrainConfig
 from reference_impl.data import PairData, TokenPair, load_pairs
+from reference_impl.files import write_text
 from reference_impl.logps import unwrapped
 from reference_impl.models import ModelError, Policy
 from reference_impl.objectives import OBJECTIVES
@@ -109,7 +111,7 @@ def _tell_report(name: str, data: PairData, folder: Path | None) -> None:
     for line in data.report.lines():
         log.info("%s", line)
     if folder is not None:
-        (folder / f"data_report.{name}.json").write_text(data.report.to_json(), encoding="utf-8")
+        write_text(folder / f"data_report.{name}.json", data.report.to_json())
 
 
 def _references(
@@ -131,8 +133,9 @@ def _references(
             name: cached_reference(source, data, place, cache_key(digest, data, config.dtype, config.logps), batch)
             for name, data in sets.items()
         }
-    except OSError as error:
-        raise ConfigError(f"reference_cache {place} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise ConfigError(f"reference_cache {place} cannot be written: {words}") from error
     finally:
         source.close()
 

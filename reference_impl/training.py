@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -13,9 +14,10 @@ from torch import nn
 
 from reference_impl import checkpoint, dpo, randomness
 from reference_impl.artifact import save_final
-from reference_impl.config import TrainConfig, check_folders, save_config
+from reference_impl.config import TrainConfig, check_folders, check_processes, to_yaml
 from reference_impl.evaluate import evaluate, judge
-from reference_impl.metrics import History, PairSums, check_trackers, open_trackers
+from reference_impl.files import write_text
+from reference_impl.metrics import History, PairSums, Tracker, check_trackers, open_trackers
 from reference_impl.optimize import clip_gradient, learning_rate
 from reference_impl.order import Position, Window, windows
 from reference_impl.prepare import Run, prepare
@@ -67,10 +69,11 @@ def train(
         output_dir: overrides the config's.
         watcher: told about every row of the history.
     Raises:
-        ConfigError, DataError, ModelError: before the first step; CheckpointError, TrainingError: later.
+        ConfigError, DataError, ModelError: before the first step; CheckpointError, TrainingError, DiskError: later.
     """
     if output_dir is not None:
         config = replace(config, output_dir=str(output_dir))
+    check_processes()
     check_folders(config)
     check_trackers(config.trackers)
     with randomness.seeded(config.seed):
@@ -96,48 +99,35 @@ def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult
     if found is not None:
         state = checkpoint.load_checkpoint(found, run.policy, run.optimizer, config, run.identity)
     if folder is not None:
-        save_config(config, folder / "train_config.yaml")
-    trackers = open_trackers(config.trackers, folder, vars(config)) + ([watcher.row] if watcher else [])
+        write_text(folder / "train_config.yaml", to_yaml(config))
+    trackers = open_trackers(config, folder, state.step) + ([Tracker(watcher.row)] if watcher else [])
     history = History(folder, state.history, trackers)
-    if watcher is not None:
-        watcher.started(run, state.step)
+    step, final, stopped, began = state.step, None, False, time.perf_counter()
+    order = {"seed": config.seed, "shuffle": config.shuffle, "last_step": config.last_step}
+    steps = windows(len(run.train.pairs), config.pairs_per_step, start=state.position, **order)
 
-    step, position, saved, began = state.step, state.position, state.step, time.perf_counter()
-    if step == 0 and config.eval_at_start:
-        _evaluate(run, 0, history)
-    steps = windows(
-        len(run.train.pairs),
-        config.pairs_per_step,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        last_step=config.last_step,
-        start=position,
-    )
-    with _Stop(enabled=folder is not None) as stop:
-        while step < total and not stop.asked:
+    with contextlib.closing(history), _Stop(enabled=folder is not None) as stop:
+        if watcher is not None:
+            watcher.started(run, step)
+        if step == 0 and config.eval_at_start:
+            _evaluate(run, 0, history)
+        while step < total and not stopped:
             window = next(steps)
             metrics = optimizer_step(run, window, step)
-            step, position = step + 1, window.after
+            step += 1
             history.add(step, "train", metrics)
             if step == total or (config.eval_every and step % config.eval_every == 0):
                 _evaluate(run, step, history)
-            due = config.save_every and (step % config.save_every == 0 or step == total)
-            if due or (stop.asked and step < total):
-                state = checkpoint.State(step, position, history.rows)
+            stopped = stop.asked and step < total  # read once: a signal after this is seen after the next step
+            if stopped or (config.save_every and (step == total or step % config.save_every == 0)):
+                state = checkpoint.State(step, window.after, history.rows)
                 checkpoint.save_checkpoint(folder, state, run.policy, run.optimizer, config, run.identity)
-                saved = step
-        if stop.asked and saved < step < total:  # asked between the check above and the loop's
-            state = checkpoint.State(step, position, history.rows)
-            checkpoint.save_checkpoint(folder, state, run.policy, run.optimizer, config, run.identity)
-
-    final = None
-    if step == total:
-        history.add(step, "summary", summary(history.rows, time.perf_counter() - began))
-        if folder is not None:
-            final = save_final(run, history.rows)
-    history.close()
+        if step == total:
+            history.add(step, "summary", summary(history.rows, time.perf_counter() - began))
+            if folder is not None:
+                final = save_final(run, history.rows)
     kept = checkpoint.checkpoints(folder) if folder is not None else {}
-    return TrainResult(run.policy.model, history.rows, kept, final, stopped=step < total)
+    return TrainResult(run.policy.model, history.rows, kept, final, stopped)
 
 
 def optimizer_step(run: Run, window: Window, step: int) -> dict[str, float]:

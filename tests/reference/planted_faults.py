@@ -33,7 +33,9 @@ class Fault:
     through_train: bool = False
 
 
-def fault(place: str, old: str, new: str, *checks: str, also: tuple[str, str] | None = None, train: bool = False) -> Fault:
+def fault(
+    place: str, old: str, new: str, *checks: str, also: tuple[str, str] | None = None, train: bool = False
+) -> Fault:
     return Fault(place, ((old, new), *([also] if also else [])), checks, train)
 
 
@@ -74,7 +76,8 @@ def plant(planted: Fault, patch: pytest.MonkeyPatch) -> None:
 # fmt: off
 FAULTS: dict[str, Fault] = {
     # dpo.py
-    "normaliser is the largest logit": fault("dpo.token_logps", "wide.logsumexp(-1)", "wide.max(-1).values", "LOGP-VALUE"),
+    "normaliser is the largest logit": fault(
+        "dpo.token_logps", "wide.logsumexp(-1)", "wide.max(-1).values", "LOGP-VALUE"),
     "log-softmax in bfloat16": fault(
         "dpo.token_logps", "wide = logits if logits.dtype == torch.float64 else logits.float()",
         "wide = logits.bfloat16()", "LOGP-VALUE"),
@@ -84,7 +87,8 @@ FAULTS: dict[str, Fault] = {
         "dpo.sequence_logp", "torch.where(is_completion, logps, torch.zeros_like(logps)).sum(-1)",
         "logps.sum(-1) - logps.detach().amin(-1)", "LOGP-VALUE"),
     "reference left out": fault(
-        "dpo.implicit_reward", "beta * (policy_logp - reference_logp)", "beta * policy_logp", "REF-START", "LOSS-VALUE"),
+        "dpo.implicit_reward", "beta * (policy_logp - reference_logp)", "beta * policy_logp", "REF-START",
+        "LOSS-VALUE"),
     "beta on the policy alone": fault(
         "dpo.implicit_reward", "beta * (policy_logp - reference_logp)", "beta * policy_logp - reference_logp",
         "LOSS-ARGUMENTS"),
@@ -129,17 +133,17 @@ FAULTS: dict[str, Fault] = {
     "gradient lost in the chunks": fault(
         "logps.chunked_row_logps", "checkpoint(head_logps, part, part_targets",
         "checkpoint(head_logps, part.detach(), part_targets", "STEP-ALL-PARAMETERS"),
-    "positions counted from the end": fault(
-        "logps._inputs", "torch.arange(token, device=batch.input_ids.device)",
-        "torch.arange(token, device=batch.input_ids.device).flip(0)", "GRAD-ATTENTION"),
+    "positions all alike": fault(
+        "logps._inputs", "torch.arange(token, device=batch.input_ids.device)", "torch.zeros(token, dtype=torch.long)",
+        "GRAD-ATTENTION"),
     # rows
     "EOS twice": fault("tokens.end_once", "return (*ids, eos)", "return (*ids, eos, eos)", "ROWS-EOS"),
     "EOS never": fault("tokens.end_once", "return (*ids, eos)", "return tuple(ids)", "ROWS-EOS"),
     "a second EOS after a chat": fault(
         "tokens.end_once", "(*ids[: first + 1], *after)", "(*ids[: first + 1], *after, eos)", "ROWS-CHAT-EOS"),
     "prompt ends inside a merged token": fault(
-        "tokens._split", "min(common_prefix_length(alone, chosen), common_prefix_length(alone, rejected))", "len(alone)",
-        "ROWS-BOUNDARY"),
+        "tokens._split", "min(common_prefix_length(alone, chosen), common_prefix_length(alone, rejected))",
+        "len(alone)", "ROWS-BOUNDARY"),
     "BOS in front of the completion": fault(
         "tokens._split", "end_once(side[shared:], special.eos, decode)",
         "end_once([*prefix, *side[shared:]], special.eos, decode)", "ROWS-BOS"),
@@ -167,8 +171,8 @@ FAULTS: dict[str, Fault] = {
         "return peft.get_peft_model(model, lora, autocast_adapter_dtype=False).requires_grad_(True)", "LORA-BASE"),
     # training and optimize
     "normalised by the micro-batch": fault(
-        "training.optimizer_step", "dpo.mean_over_pairs(losses, pairs_in_step)", "dpo.mean_over_pairs(losses, len(pairs))",
-        "ACCUM-EVEN"),
+        "training.optimizer_step", "dpo.mean_over_pairs(losses, pairs_in_step)",
+        "dpo.mean_over_pairs(losses, len(pairs))", "ACCUM-EVEN"),
     "gradient not cleared": fault(
         "training.optimizer_step", "run.optimizer.zero_grad(set_to_none=True)", "pass", "STEP-TWO"),
     "clipped in each micro-batch": fault(
@@ -195,7 +199,8 @@ FAULTS: dict[str, Fault] = {
     "short last batch not evaluated": fault(
         "evaluate.evaluate", "range(0, len(pairs), size)", "range(0, len(pairs) - size + 1, size)", "EVAL-BATCH"),
     "evaluation against another reference": fault(
-        "evaluate.judge", "reference(pairs)\n", "reference(pairs) if policy_w.requires_grad else (policy_w, policy_l)\n",
+        "evaluate.judge", "reference(pairs)\n",
+        "reference(pairs) if policy_w.requires_grad else (policy_w, policy_l)\n",
         "EVAL-VALUE"),
     # checkpoint and order
     "moments not restored": fault(
@@ -209,11 +214,13 @@ FAULTS: dict[str, Fault] = {
         "checkpoint.load_checkpoint", 'Position(**facts["position"])', 'Position(0, facts["position"]["consumed"])',
         "RUN-RESUME-EPOCH"),
     "seed ignored": fault("order.epoch_order", '"order {seed} {epoch}"', '"order {epoch}"', "RUN-SHUFFLE"),
-    "the same order in each epoch": fault("order.epoch_order", '"order {seed} {epoch}"', '"order {seed}"', "RUN-SHUFFLE"),
+    "the same order in each epoch": fault(
+        "order.epoch_order", '"order {seed} {epoch}"', '"order {seed}"', "RUN-SHUFFLE"),
     "a pair drawn twice": fault(
         "order.windows", "order = epoch_order(pairs, seed, epoch, shuffle)",
         "order = epoch_order(pairs, seed, epoch, shuffle); order[-1] = order[0]", "RUN-COVERAGE"),
-}  # fmt: on
+}
+# fmt: on
 
 QUICK = (
     "log of sigmoid", "last position of a chunk lost", "EOS twice", "the reference is the policy in training",

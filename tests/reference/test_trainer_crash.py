@@ -5,6 +5,8 @@ Run alone: pytest tests/reference/test_trainer_crash.py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -19,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from trainer_crash import SETTINGS, in_child, kill_at, limit_file_size, train_in
-from trainer_tiny import llama, numbers, pairs
+from trainer_tiny import llama, numbers, pairs, rows, save
 
-from reference_impl import TrainConfig, train
+from reference_impl import TrainConfig, cli, train
 from reference_impl.checkpoint import CheckpointError
 from reference_impl.files import check_folder
 
@@ -181,3 +183,32 @@ def test_full_disk_leaves_earlier_checkpoints_whole_and_nothing_half_written(
     assert newest_step(tmp_path) == 2
     assert in_child(lambda: train_in(tmp_path)) == 0
     assert same_end(tmp_path, uninterrupted)
+
+
+@needs_fork
+@pytest.mark.parametrize("file", ["data_report.train.json", "train_config.yaml", "metrics.jsonl"])
+def test_full_disk_under_a_small_file_is_one_line_and_leaves_no_half_of_it(file: str, tmp_path: Path) -> None:
+    """They are written in this order and each is larger than the one before: one byte less than it needs meets it."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20)))
+    save(tmp_path / "m")
+    given = [f"model={tmp_path / 'm'}", f"train={tmp_path / 'train.jsonl'}", "steps=6"]
+    assert in_child(lambda: cli.run([*given, f"output_dir={tmp_path / 'a'}"])) == 0
+    needed = [(tmp_path / "a" / name).stat().st_size for name in ("data_report.train.json", "train_config.yaml", file)]
+    assert needed == sorted(needed) or file == "data_report.train.json"
+
+    def action() -> None:
+        with io.StringIO() as said, contextlib.redirect_stderr(said):
+            limit_file_size(needed[2] - 1)
+            assert cli.run([*given, f"output_dir={tmp_path / 'b'}"]) == 1
+            lines = [line for line in said.getvalue().splitlines() if line.startswith("dpo-train: ")]
+        assert len(lines) == 1
+        assert f"{file} could not be written (File too large): make room, run the same command" in lines[0]
+
+    assert in_child(action) == 0
+    assert not [path for path in (tmp_path / "b").iterdir() if path.name.startswith(".writing")]
+    if file == "metrics.jsonl":
+        whole, left = ((tmp_path / name / file).read_text().splitlines() for name in ("a", "b"))
+        assert [json.loads(line)["step"] for line in left] == [json.loads(line)["step"] for line in whole][: len(left)]
+        assert 0 < len(left) < len(whole)
+    else:
+        assert not (tmp_path / "b" / file).exists()

@@ -50,7 +50,13 @@ WRONG = (
 @check(
     "LOGP-VALUE", chapter="logps", stage="logps", level="must", needs={"logps.logps"}, source=SUM, rivals=WRONG,
     draw=draws.logps,
-    scenes=[scene("ten rows of unequal lengths", batch(ROWS), family="logps")],
+    scenes=[
+        scene("ten rows of unequal lengths", batch(ROWS), family="logps"),
+        scene("completions that repeat a token", batch(
+            [((0, 1), (2, 2, 3, 2, EOS)), ((0, 4), (5, 3, 5, 3, EOS))],
+            table=Table(64, 0.0, ((1, 2, 1.5), (2, 2, -1.25), (2, 3, 0.75), (3, 2, 0.5), (4, 5, 1.0), (5, 3, 0.25)))),
+            family="logps"),
+    ],
     claim="The log-prob of a completion is the sum of the log-probs of its tokens, EOS included, given all before "
     "them.",
     covers=("LOGP-VALUE", "LOGP-EOS", "LOGP-FIRST", "LOGP-EDGE"),

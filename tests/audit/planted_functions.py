@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dpocheck.adapter import StepOut
+from dpocheck.adapter import StepOut, Unsupported
 
 # ------------------------------------------------------------------------------------------------------------- losses
 
@@ -14,7 +14,8 @@ def _h(policy_chosen, policy_rejected, reference_chosen, reference_rejected):
     return (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
 
 
-def running_baseline(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+def running_baseline(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                     beta):  # fmt: skip
     h = _h(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     kept = running_baseline.__dict__.setdefault("mean", torch.zeros((), dtype=h.dtype))
     running_baseline.mean = 0.9 * kept.to(h.dtype) + 0.1 * h.detach().mean()
@@ -89,7 +90,7 @@ def best_thirty_two(logits, labels):
     return (scores * kept).sum(-1)
 
 
-def last_eight_positions(logits, labels):
+def last_four_positions(logits, labels):
     scores, kept, _ = _per_token(logits[:, -4:], labels[:, -4:])
     return (scores * kept).sum(-1)
 
@@ -137,6 +138,8 @@ class Step:
         pass
 
     def step(self, policy, reference, batch, *, objective):
+        if objective.kind != "sigmoid" or objective.label_smoothing or objective.sft_weight:
+            raise Unsupported(objective.kind)
         policy.zero_grad()
         held = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "completion_mask")}
         h = self.margins(self.scores(policy, held), self.reference_scores(reference, held))

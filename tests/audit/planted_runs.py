@@ -3,6 +3,7 @@ spoils one thing that comes back; the trainer inside is the miniature, or TRL wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,11 +124,6 @@ class WarmsUpUnasked(Damaged):
         return replace(recipe, warmup_steps=recipe.warmup_steps or 2)
 
 
-class NeverResumes(Damaged):
-    def recipe(self, recipe):
-        return replace(recipe, resume_from=None)
-
-
 class BetaOfTheRun(Damaged):
     """A beta below 0.2 is taken for a mistake and raised."""
 
@@ -140,8 +136,9 @@ class BetaOfTheRun(Damaged):
 
 class StartsFromTheReference(Damaged):
     def models(self, probe):
-        name = "policy" if probe.reference_path is None else "reference"
-        return _loading(probe, lambda what: probe.load(name if what == "policy" else what))
+        if probe.reference_path is None:
+            return probe
+        return _loading(probe, lambda what: copy.deepcopy(probe.load("reference")) if what == "policy" else probe.load(what))
 
 
 class ModelsExchanged(Damaged):
@@ -176,20 +173,25 @@ class HeadScaled(Damaged):
         return _loading(probe, load)
 
 
-class ReturnsTheAverage(Damaged):
+class KeepsTheStart(Damaged):
+    def models(self, probe):
+        self.start = copy.deepcopy(probe.policy())
+        return probe
+
+
+class ReturnsTheAverage(KeepsTheStart):
     """What comes back is half way between the start and the end."""
 
     def out(self, done, probe):
-        start = probe.policy().state_dict()
+        start = self.start.state_dict()
         for name, value in done.policy.state_dict().items():
-            if value.is_floating_point():
-                value.mul_(0.5).add_(start[name].to(value.dtype), alpha=0.5)
+            value.mul_(0.5).add_(start[name], alpha=0.5)
         return done
 
 
-class ReturnsTheStart(Damaged):
+class ReturnsTheStart(KeepsTheStart):
     def out(self, done, probe):
-        return replace(done, policy=probe.policy())
+        return replace(done, policy=self.start)
 
 
 # ------------------------------------------------------------------------------------------------------------ history

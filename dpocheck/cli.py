@@ -39,7 +39,7 @@ def cli() -> None:
 @click.option("--tier", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--only", metavar="ID", multiple=True, help="Run this check alone; may be given several times.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the drawn experiments.")
-@click.option("--jobs", type=click.IntRange(min=0), default=0, 
+@click.option("--jobs", type=click.IntRange(min=0), default=0,
               help="Runs side by side; by default two where there are two cores.")  # fmt: skip
 @click.option("--known", metavar="FILE", type=click.Path(path_type=Path), help="Known failures, TOML.")
 @click.option("--fail-on", type=click.Choice(["must", "should"]), default="should", show_default=True,

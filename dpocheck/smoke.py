@@ -1,4 +1,4 @@
-"""Does the subject answer at all, and in which precision?  Asked before any check; addressed to the adapter's author."""
+"""Does the subject answer at all, and in which precision?  Asked before any check, and told to its author."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _trouble(experiment: object, seen: Seen) -> str | None:
         "step": getattr(seen, "loss", None), "train": getattr(seen, "logits", None),
     }[what]  # fmt: skip
     if numbers is None and what == "train":
-        return "train() returned a policy without the parameter lm_head.weight; expected the model it was given, trained"
+        return "train() returned a policy without a parameter lm_head.weight; expected the model it was given, trained"
     if numbers is not None and not np.all(np.isfinite(np.asarray(numbers, float))):
         return f"{what}() returned {numbers} at ordinary numbers; expected finite values"
     if isinstance(seen, TrainSeen) and not seen.history and not _moved(seen):

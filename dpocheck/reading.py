@@ -14,6 +14,7 @@ from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Step
 from dpocheck.observation import LogpSeen, LossSeen, Seen, StepSeen, TrainSeen
 from dpocheck.probes import tables
 
+SHOWS = 1.0  # the smallest rate, in logits, at which a change of float32 logits still is a gradient
 NEVER = -100.0  # logits below it stand for probability zero
 
 KIND: dict[type, type[Seen]] = {
@@ -53,7 +54,7 @@ def _train(
     if "head" in arrays:
         head, start = arrays["head"], arrays["start"]
         fields["logits"] = tables.logits(head, size, recipe.dtype)
-        if recipe.steps == 1 and recipe.optimizer == "sgd":
+        if recipe.steps == 1 and recipe.optimizer == "sgd" and recipe.learning_rate >= SHOWS:
             change = start.astype(np.float64) - head
             fields["gradient"] = tables.logits(change, size, recipe.dtype) / recipe.learning_rate
             if experiment.body.kind in ("glass", "clock"):

@@ -68,7 +68,7 @@ def describe(experiments: Several[Any]) -> tuple[str, list[str]]:
     lines += [f"  1. {sentence}", *(f"  {row}" for row in table)]
     for place, other in enumerate(experiments[1:], 2):
         if type(other) is type(first):
-            lines.append(f"  {place}. the same, but {_difference(first, other) or 'run again'}")
+            lines.append(f"  {place}. the same, but {difference(first, other) or 'run again'}")
         else:
             sentence, table = _one(other)
             lines += [f"  {place}. {sentence}", *(f"  {row}" for row in table)]
@@ -90,7 +90,7 @@ def _one(experiment: Any) -> tuple[str, list[str]]:
     return line(experiment)[:200], []
 
 
-def _difference(first: Any, other: Any, prefix: str = "") -> str:
+def difference(first: Any, other: Any, prefix: str = "") -> str:
     """Where two records of one type differ, down to the innermost fields."""
     parts = []
     for field in dataclasses.fields(first):
@@ -98,7 +98,7 @@ def _difference(first: Any, other: Any, prefix: str = "") -> str:
         if before == after:
             continue
         if dataclasses.is_dataclass(before) and type(before) is type(after) and not isinstance(before, Table):
-            parts.append(_difference(before, after, f"{prefix}{field.name}."))
+            parts.append(difference(before, after, f"{prefix}{field.name}."))
         elif isinstance(before, Table):
             parts.append(f"another table for {prefix}{field.name}")
         else:
@@ -181,7 +181,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _reference(experiment: TrainExperiment) -> str:
+def reference_words(experiment: TrainExperiment) -> str:
     if experiment.edited is not None:
         given = "policy changed in memory after it was loaded from disk"
         return given if experiment.reference is None else f"{given}, a reference passed"
@@ -205,7 +205,8 @@ def _tokenizer(tokenizer: Tokenizer) -> str:
 
 def _train(experiment: TrainExperiment) -> tuple[str, list[str]]:
     recipe = experiment.recipe
-    sentence = f"{plural(len(experiment.rows), 'pair')}, {objective_line(recipe.objective)}; {_reference(experiment)}"
+    sentence = f"{plural(len(experiment.rows), 'pair')}, {objective_line(recipe.objective)}"
+    sentence += f"; {reference_words(experiment)}"
     lines = []
     if settings := changed(recipe, Recipe(), skip=("objective",)):
         lines.append(f"  recipe      {settings}")

@@ -11,6 +11,7 @@ from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment
 from dpocheck.parameters import FOUR
 from dpocheck.probes import tables
 from dpocheck.report.literal import literal
+from dpocheck.report.words import line
 from dpocheck.result import Report, Result
 
 WIDTH = 112
@@ -19,7 +20,8 @@ CELLS = 12  # of a gradient
 
 def function_script(result: Result, report: Report, subject: str, calls: list[dict[str, Any] | None]) -> str | None:
     """The script of a result whose experiments a function answered itself; `calls` are those of `recorded.recorded`."""
-    from dpocheck.report.script import front, render
+    from dpocheck.report.render import render
+    from dpocheck.report.script import front
 
     if not calls or not all(calls):
         return None
@@ -38,7 +40,7 @@ def function_script(result: Result, report: Report, subject: str, calls: list[di
         "folder": literal(str(path.parent)) if path else "", "module": literal(place), "models": models,
         "lookup": "lookup" in str(calls), "step": isinstance(first, StepExperiment), "size": size, "c": scale.c,
         "k": scale.k, "dtype": first.dtype, "answers": call["answers"], "optimizer": "optimizer" in str(calls),
-        "tolerance": 1e-2 if "16" in first.dtype else 1e-5,
+        "expected_words": literal(f"Expected: {line(result.claim)}"), "tolerance": 1e-2 if "16" in first.dtype else 1e-5,
         "calls": [_call(experiment, one, report, number, len(experiments))
                   for number, (experiment, one) in enumerate(zip(experiments, calls, strict=True), 1)],
     }  # fmt: skip

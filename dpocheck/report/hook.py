@@ -1,9 +1,10 @@
 """What does a stand-alone script need of a subject?  Asked in a process of its own, beside the trainer.
 
-    python -m dpocheck.report.hook < {"subject": ..., "recipes": [...], "experiments": [...]}
+    python -m dpocheck.report.hook < {"subject": ..., "recipes": [...], "asked": [...], "experiments": [...]}
 
-answers with JSON.  Of an adapter: `train` (one source text a recipe, from its hook `standalone(recipe)`), or `source`
-(its file) and `attribute` (what to call in it).  Of a bare function: `calls`, one record an experiment (`recorded.py`).
+answers with JSON.  Of an adapter: `train` (one source text a recipe, from its hook `standalone(recipe)`); or `traces`
+(the calls it makes of its library, one list a recipe, `trace.py`), `source` (its file) and `attribute` (what to call
+in it).  Of a bare function: `calls`, one record an experiment (`recorded.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ SECONDS = 60.0
 
 
 def ask(
-    subject: str, recipes: Sequence[Any] = (), experiments: Sequence[Any] = (), python: str | None = None
-) -> dict[str, Any]:
-    """What `subject` offers for scripts of these recipes or experiments; {} where it cannot be asked."""
+    subject: str, recipes: Sequence[Any] = (), experiments: Sequence[Any] = (), python: str | None = None,
+    asked: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """What `subject` offers for scripts of these recipes or experiments; {} where it cannot be asked.
+
+    `asked`: of each recipe's run what `trace.traced` wants to know.
+    """
     from dpocheck.experiment import to_plain
 
-    asked = {"subject": subject, "recipes": to_plain(list(recipes)), "experiments": to_plain(list(experiments))}
-    question = json.dumps(asked)
+    question = json.dumps({
+        "subject": subject, "recipes": to_plain(list(recipes)), "experiments": to_plain(list(experiments)),
+        "asked": list(asked),
+    })  # fmt: skip
     try:
         done = subprocess.run(
             [python or sys.executable, "-m", "dpocheck.report.hook"], input=question, capture_output=True, text=True,
@@ -54,7 +61,16 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     if module is None or module.__name__.partition(".")[0] == "dpocheck":
         return {}
     found = attribute or type(adapter).__qualname__
-    return {"package": package, "source": inspect.getsource(module), "attribute": found, "place": place}
+    traces: list[Any] = []
+    for recipe, run in zip(question["recipes"], question["asked"], strict=False):
+        from dpocheck.report.trace import traced
+
+        if (trace := traced(adapter, run, from_plain(recipe))) is None:
+            traces = []
+            break
+        traces.append(trace)
+    source = inspect.getsource(module)
+    return {"traces": traces, "package": package, "source": source, "attribute": found, "place": place}
 
 
 if __name__ == "__main__":

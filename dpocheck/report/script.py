@@ -10,39 +10,24 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dpocheck.experiment import Recipe, Sequence, TrainExperiment, to_plain
 from dpocheck.probes import tables, tokenizers
+from dpocheck.report import judged
 from dpocheck.report.command_script import command_trainers
+from dpocheck.report.driver import Trainer, followed, hooked, pasted
 from dpocheck.report.function_script import function_script
 from dpocheck.report.hook import ask
 from dpocheck.report.literal import literal
+from dpocheck.report.render import render
 from dpocheck.report.words import deviation, line, shown_pair
 from dpocheck.result import Report, Result
 
 WIDTH = 118
-STAND_INS = {  # of what adapters import from dpocheck.adapter
-    "Unsupported": 'Unsupported = type("Unsupported", (Exception,), {})',
-    "TrainOut": 'TrainOut = namedtuple("TrainOut", "policy history checkpoints", defaults=((), {}))',
-    "StepOut": 'StepOut = namedtuple("StepOut", "loss metrics", defaults=({},))',
-    "LossOut": 'LossOut = namedtuple("LossOut", "loss rewards_chosen rewards_rejected", defaults=(None, None))',
-    "Says": "Says = dict",
-    **{name: f"{name} = object" for name in ("Adapter", "Objective", "PairBatch", "Probe", "Recipe", "TokenBatch")},
-}
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """The text that drives a trainer in a script: `run_trainer(run, policy, reference, rows, out)`."""
-
-    text: str
-    pasted: str = ""
-    package: str | None = None
-    alone: bool = True
 
 
 def writer(report: Report, options: Any) -> Callable[[Result, Report], str | None]:
@@ -51,14 +36,17 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
     failing = [result for result in report.results if result.verdict in ("fail", "expected-fail")]
     own = [experiment for result in failing if _native(result, report) for experiment in result.experiments]
     runs = {id: () if _native(result, report) else whole_runs(result, report) for id, result in enumerate(failing)}
-    recipes = [translated(run) for found in runs.values() for run in found]
+    every = [run for found in runs.values() for run in found]
+    recipes = [translated(run) for run in every]
 
     @cache
     def asked(what: str) -> dict[str, Any]:
         if subject.endswith(".toml"):
-            texts = command_trainers(Path(subject), [run for found in runs.values() for run in found])
+            texts = command_trainers(Path(subject), every)
             return {"train": texts} if texts else {}
-        return ask(subject, experiments=own) if what == "function" else ask(subject, recipes)
+        if what == "function":
+            return ask(subject, experiments=own)
+        return ask(subject, recipes, asked=[_of(run) for run in every])
 
     def script(result: Result, report: Report) -> str | None:
         if report.header.isolation == "none" or not result.experiments:
@@ -71,12 +59,19 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
         if not found:
             return None
         answer = dict(asked("adapter"))
-        if answer.get("train"):
-            texts = dict(zip([run for each in runs.values() for run in each], answer["train"], strict=True))
-            answer["train"] = [texts[run] for run in found]
+        for name in ("train", "traces"):
+            if answer.get(name):
+                texts = dict(zip(every, answer[name], strict=True))
+                answer[name] = [texts[run] for run in found]
         return train_script(result, report, found, answer)
 
     return script
+
+
+def _of(run: TrainExperiment) -> dict[str, Any]:
+    """What a trace wants to know of a run."""
+    sets = [name for name, _ in run.evaluation]
+    return {"reference": run.reference is not None, "sets": sets, "on_disk": run.rows_on_disk}
 
 
 def _native(result: Result, report: Report) -> bool:
@@ -131,51 +126,87 @@ def translated(run: TrainExperiment) -> Recipe:
 def train_script(
     result: Result, report: Report, runs: tuple[TrainExperiment, ...], answer: dict[str, Any]
 ) -> str | None:
-    """The script of whole runs.  `answer`: what the adapter offers (`hook.ask`)."""
-    trainer = hooked(answer) if answer.get("train") else pasted(answer)
+    """The script of whole runs; None where it would show nothing.  `answer`: what the adapter offers (`hook.ask`)."""
+    trainer = hooked(answer) if answer.get("train") else followed(answer) or pasted(answer)
     if trainer is None:
         return None
     first = runs[0]
-    tokenizer = first.tokenizer
-    silent = first.body.kind != "speaking"
-    if silent and any(run.policy is None for run in runs):
+    if first.body.kind != "speaking" and any(run.policy is None for run in runs):
         return None
-    scales = tables.scales(first.recipe.dtype)
+    judges = judged.kind(result, runs)
+    if judges in judged.SPIED and (answer.get("train") or not runs[0].body):
+        return None  # a spy needs a live model
+    shown = judged.predicted(result, runs, report) if judges in ("prediction", "change") else [{} for _ in runs]
+    change = _change(shown, result) if judges == "change" else {}
+    if (judges == "prediction" and not any(shown)) or (judges == "change" and not change):
+        return None
     values = {
-        **front(result, report, trainer),
-        "imports": imports(trainer), "pasted": trainer.pasted, "train": trainer.text,
-        "size": tokenizer.size, "words": wrapped("WORDS", list(tokenizer.words)), "c": scales.c, "k": scales.k,
-        "runs": run_literals(runs, report, recipes=bool(trainer.pasted)), "speaking": not silent,
-        "glass": first.body.kind in ("glass", "clock"),
-        "clock": first.body.kind == "clock", "hidden": tables.hidden_size(tokenizer.size, first.body),
-        "layers": first.body.layers, "stored": "float64" if first.recipe.dtype == "float64" else "float32",
-        "dtype": first.recipe.dtype, "dtype_name": dtype_name(report), "pad": tokenizer.pad,
-        "pad_token": '"</s>"' if tokenizer.pad_is_eos else '"<pad>"', "kind": tokenizer.kind,
-        "adds_bos": tokenizer.adds_bos, "merges": [list(tokenizer.merge)] if tokenizer.merge else [],
-        "template": repr(tokenizers.jinja(tokenizer.template)) if tokenizer.template else "",
-        "tokenizer_says": "One word, one token" if tokenizer.kind == "words" else "One character, one token",
-        "edited": any(run.edited is not None for run in runs),
+        **front(result, report, trainer), **model_values(first, report), "pasted": trainer.pasted,
+        "train": trainer.text,
+        "judges": judges, "limit": repr(judged.limit(result)) if judges != "same" else _equal_limit(result),
+        "watched": judged.spied(result) if judges in judged.SPIED else "", "several": len(runs) > 1,
+        "runs": "\n".join([
+            run_literals(runs, shown if judges == "prediction" else None, trainer),
+            *([f"TITLES = {literal(judged.titles(runs), WIDTH)}"] if judges in ("same", "change") else []),
+            *([f"CHANGE = {literal(change, WIDTH)}  # run B less run A"] if change else []),
+        ]),
+        "compared": literal(("gradient of", "logits of", "model.", "lm_head.")),
+        "expected_words": literal("Expected: " + line(result.claim)), "twice": _tokens(first),
+        "done": literal(f"Done, twice: {judged.done(first, runs[-1])}."), "edited": any(run.edited for run in runs),
+        "on_disk": any(run.rows_on_disk for run in runs),
         "shared": any(isinstance(experiment, Sequence) for experiment in result.experiments),
-        "tolerance": 1e-2 if "16" in first.recipe.dtype else 1e-4,
     }  # fmt: skip
+    values["imports"] = imports(trainer, values)
     return render("train.py.j2", values)
 
 
-def render(name: str, values: dict[str, Any]) -> str:
-    """A template of this package, as text without trailing blanks or piles of empty lines."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _change(shown: list[dict[str, float]], result: Result) -> dict[str, float]:
+    """The eight numbers that the second run should change most."""
+    first, second = shown[0], shown[-1]
+    due = {name: second[name] - first[name] for name in first if name in second and second[name] != first[name]}
+    return dict(sorted(due.items(), key=lambda item: -abs(item[1]))[:8])
 
-    # The result is Python, not HTML: every value put in is a literal, or one printable line behind a '#'.
-    environment = Environment(
-        loader=PackageLoader("dpocheck.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    rows = [row.rstrip() for row in environment.get_template(name).render(values).splitlines()]
-    text = "\n".join(rows) + "\n"
-    while "\n\n\n\n" in text:
-        text = text.replace("\n\n\n\n", "\n\n\n")
-    ast.parse(text)  # a script that is no Python is a bug of ours, and is not written
-    return text
+
+def _equal_limit(result: Result) -> str:
+    """Where bits were judged, none may differ; else what two correct runs may be off by."""
+    return repr(10 * result.bound if result.bound else 0.0)
+
+
+def _tokens(run: TrainExperiment) -> str:
+    """The tokens of the first row, for a forward."""
+    from dpocheck.oracle.tokens import tokenise
+
+    try:
+        pair = tokenise(run)[0]
+    except (ValueError, KeyError, IndexError):
+        return ""
+    return literal([int(token) for token in (*pair.prompt, *pair.chosen)])
+
+
+def model_values(run: TrainExperiment, report: Report) -> dict[str, Any]:
+    """What the template writes of model and tokenizer."""
+    tokenizer, body, scales = run.tokenizer, run.body, tables.scales(run.recipe.dtype)
+    return {
+        "size": tokenizer.size, "words": names(tokenizer), "c": scales.c, "k": scales.k,
+        "speaking": body.kind == "speaking", "glass": body.kind in ("glass", "clock"), "clock": body.kind == "clock",
+        "hidden": tables.hidden_size(tokenizer.size, body), "layers": body.layers, "dtype": run.recipe.dtype,
+        "dtype_name": dtype_name(report), "pad": tokenizer.pad,
+        "pad_token": '"</s>"' if tokenizer.pad_is_eos else '"<pad>"', "kind": tokenizer.kind,
+        "adds_bos": tokenizer.adds_bos, "merges": [tuple(tokenizer.merge)] if tokenizer.merge else [],
+        "template": literal(tokenizers.jinja(tokenizer.template)) if tokenizer.template else "",
+        "tokenizer_says": "One word, one token" if tokenizer.kind == "words" else "One character, one token",
+    }  # fmt: skip
+
+
+def names(tokenizer: Any) -> str:
+    """`NAMES = ...`: every token's text, the words, fillers, then the special tokens."""
+    words, size = list(tokenizer.words), tokenizer.size
+    if words == list(tokenizers.alphabet(size)):
+        text = '"""\n' + "\n".join(textwrap.wrap(" ".join(words), WIDTH)) + '\n""".split()'
+    else:
+        text = literal(words, WIDTH)
+    fillers = "" if len(words) == size - 4 else f" + [f\"<{{token}}>\" for token in range({len(words)}, {size - 4})]"
+    return f'NAMES = {text}{fillers}\nNAMES += ["<unk>", "<s>", "</s>", "<pad>"]'
 
 
 def front(result: Result, report: Report, trainer: Trainer | None, needs: str = "") -> dict[str, Any]:
@@ -196,7 +227,7 @@ def front(result: Result, report: Report, trainer: Trainer | None, needs: str = 
     if trainer is not None:
         package = line(trainer.package or header.name)
         alone = "nothing else" if trainer.alone else "what the adapter imports"
-        needs = f"Needs numpy, safetensors, torch, transformers and {package}; {alone}."
+        needs = f"Needs torch, transformers and {package}; {alone}."
     return {
         "id": line(result.id), "claim": _comment(line(result.claim)), "name": line(header.name), "needs": needs,
         "story": [_comment(text) for text in story], "file": result.id.lower().replace("-", "_") + ".py",
@@ -218,55 +249,20 @@ def dtype_name(report: Report) -> str:
     return "dtype" if numbers >= (4, 56) else "torch_dtype"
 
 
-def hooked(answer: dict[str, Any]) -> Trainer:
-    """The adapter's own text for each recipe; equal texts once."""
-    texts = list(dict.fromkeys(answer["train"]))
-    if len(texts) == 1:
-        body, choose = texts[0].strip(), "train"
-    else:
-        named = [text.strip().replace("def train(", f"def train_{place}(") for place, text in enumerate(texts, 1)]
-        body = "\n\n\n".join(named)
-        order = [f"train_{texts.index(text) + 1}" for text in answer["train"]]
-        choose = f"[{', '.join(order)}][RUNS.index(run)]"
-    glue = (
-        "def run_trainer(run, policy, reference, rows, out):\n"
-        '    held_out = {name: held for name, held in rows.items() if name != "train"}\n'
-        f'    return {choose}(policy, reference, policy, rows["train"], held_out, out)'
-    )
-    return Trainer(f"{body}\n\n\n{glue}", package=answer.get("package"))
-
-
-def pasted(answer: dict[str, Any]) -> Trainer | None:
-    """The adapter's file, with stand-ins for what it imports of dpocheck."""
-    source = answer.get("source")
-    if not source:
-        return None
-    names: list[str] = []
-    cut: list[tuple[int, int]] = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom) and node.module in ("dpocheck.adapter", "__future__"):
-            cut.append((node.lineno, node.end_lineno or node.lineno))
-            if node.module == "dpocheck.adapter":
-                names += [alias.name for alias in node.names]
-                if any(alias.asname or alias.name not in STAND_INS for alias in node.names):
-                    return None
-    lines = source.splitlines()
-    kept = [row for place, row in enumerate(lines, 1) if not any(low <= place <= high for low, high in cut)]
-    text = "\n".join(kept).strip()
-    alone = "dpocheck" not in "".join(row for row in kept if "import" in row)
-    stand_ins = "\n".join(STAND_INS[name] for name in dict.fromkeys(names))
-    glue = render("pasted.py.j2", {"attribute": answer["attribute"]}).strip()
-    return Trainer(glue, f"{stand_ins}\n\n{text}", answer.get("package"), alone)
-
-
-def imports(trainer: Trainer) -> str:
+def imports(trainer: Trainer, values: dict[str, Any]) -> str:
+    whole = trainer.pasted + trainer.text
+    core = ["Tokenizer", "models", "pre_tokenizers" if values["kind"] == "words" else "decoders"]
+    core += ["processors"] if values["adds_bos"] else []
     rows = [
-        "from __future__ import annotations", "", "import hashlib", "import json", "import tempfile",
+        "from __future__ import annotations", "", "import contextlib",
+        *(["import json"] if values["on_disk"] or "json." in whole else []), "import sys", "import tempfile",
         *(["from collections import namedtuple"] if "namedtuple(" in trainer.pasted else []),
         "from pathlib import Path",
         *(["from types import SimpleNamespace"] if "SimpleNamespace" in trainer.text else []),
-        "", "import numpy as np", "import torch", "from safetensors.numpy import load_file, save_file",
-        "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast",
+        "", *(["import numpy as np"] if values["speaking"] else []), "import torch",
+        *([] if values["watched"] else ["from safetensors.torch import load_file"]),
+        f"from tokenizers import {', '.join(sorted(core))}",
+        "from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast",
     ]  # fmt: skip
     return "\n".join(rows)
 
@@ -274,17 +270,22 @@ def imports(trainer: Trainer) -> str:
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-def run_literals(runs: tuple[TrainExperiment, ...], report: Report, *, recipes: bool) -> str:
+def run_literals(runs: tuple[TrainExperiment, ...], shown: list[dict[str, float]] | None, trainer: Trainer) -> str:
     """`RUN_1 = {...}`, later runs by what differs, and `RUNS`; with the recipes where the script reads them."""
-    records = [run_record(run, report) for run in runs]
-    if not recipes:
-        records = [{name: value for name, value in record.items() if name != "recipe"} for record in records]
-    parts = [_dictionary("RUN_1", records[0], "")]
-    for place, record in enumerate(records[1:], 2):
-        differs = {name: value for name, value in record.items() if value != records[0][name]}
-        parts.append(_dictionary(f"RUN_{place}", differs, "RUN_1 | "))
-    names = ", ".join(f"RUN_{place}" for place in range(1, len(records) + 1))
-    return "\n".join([*parts, f"RUNS = [{names}]"])
+    records = [run_record(run) for run in runs]
+    for place, record in enumerate(records):
+        if not trainer.pasted:
+            del record["recipe"]
+        if shown is not None:
+            record["expected"] = shown[place]
+    parts = []
+    for place, record in enumerate(records):
+        differs = {name: value for name, value in record.items() if not place or value != records[0][name]}
+        options = {name: ast.literal_eval(text) for name, text in (trainer.options or [{}] * len(runs))[place].items()}
+        differs |= {"options": options} if trainer.options else {}
+        parts.append(_dictionary(f"RUN_{place + 1}", differs, "RUN_1 | " if place else ""))
+    named = ", ".join(f"RUN_{place}" for place in range(1, len(records) + 1))
+    return "\n".join([*parts, f"RUNS = [{named}]"])
 
 
 def _dictionary(name: str, record: dict[str, Any], prefix: str) -> str:
@@ -295,24 +296,19 @@ def _dictionary(name: str, record: dict[str, Any], prefix: str) -> str:
     return "\n".join([*lines, "}"])
 
 
-def wrapped(name: str, value: Any) -> str:
-    return f"{name} = {literal(value, WIDTH)}"
-
-
-def run_record(run: TrainExperiment, report: Report) -> dict[str, Any]:
+def run_record(run: TrainExperiment) -> dict[str, Any]:
     """One run as plain Python data; tables are (base logit, [(context, next token, logit), ...])."""
 
     def table(record: Any) -> Any:
         return None if record is None else (record.base, [tuple(entry) for entry in record.entries])
 
-    log, cells = expected(run, report)
-    recipe = to_plain(translated(run))
     return {
+        "done": judged.done(run),
         "policy": table(run.policy), "reference": table(run.reference), "on_disk": table(run.edited),
         "rows": [row.record() for row in run.rows],
         "evaluation": {name: [row.record() for row in held] for name, held in run.evaluation},
-        "rows_on_disk": run.rows_on_disk, "rate": rate(run), "attention_dropout": run.body.attention_dropout,
-        "recipe": _untyped(recipe), "expected_log": log, "expected_cells": cells,
+        "rate": judged.rate(run), "attention_dropout": run.body.attention_dropout,
+        "recipe": _untyped(to_plain(translated(run))),
     }  # fmt: skip
 
 
@@ -320,39 +316,3 @@ def _untyped(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _untyped(item) for name, item in value.items() if name != "type"}
     return [_untyped(item) for item in value] if isinstance(value, list) else value
-
-
-def rate(run: TrainExperiment) -> float | None:
-    """The learning rate, in logits, of a run whose one step is a plain gradient step; else None."""
-    recipe = run.recipe
-    plain = recipe.optimizer == "sgd" and recipe.steps == 1 and not (recipe.weight_decay or recipe.warmup_steps)
-    return recipe.learning_rate if plain and recipe.lora is None and run.policy is not None else None
-
-
-LOGGED = ("loss", "rewards/", "logps/")
-CELLS = 12
-
-
-def expected(run: TrainExperiment, report: Report) -> tuple[list[Any], list[Any]]:
-    """What the papers predict: the log by (step, split, numbers), and the logits that should change most.
-
-    Of a run of one plain SGD step the cells are those of the gradient, (before - after) / rate.
-    """
-    from dpocheck.oracle import predict
-
-    try:
-        seen = predict(run, conventions(report))
-    except Exception:  # the oracle predicts nothing here: the script then shows what was observed alone
-        return [], []
-    log = []
-    for entry in seen.history or ():
-        metrics = {name: float(value) for name, value in entry["metrics"].items() if name.startswith(LOGGED)}
-        if metrics and entry["split"] != "summary":
-            log.append((int(entry["step"]), str(entry["split"]), metrics))
-    values = seen.gradient if rate(run) else seen.logits
-    if values is None or run.policy is None:
-        return log[:CELLS], []
-    size = abs(values if rate(run) else values - run.policy.logits())
-    worst = sorted(zip(*size.nonzero(), strict=True), key=lambda cell: (-size[cell], cell))[:CELLS]
-    cells = [(int(u), int(v), float(values[u, v])) for u, v in sorted(worst)]
-    return log[:CELLS], cells

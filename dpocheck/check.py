@@ -19,7 +19,6 @@ from dpocheck.adapter import Says
 from dpocheck.experiment import Experiment, LossExperiment, TrainExperiment
 from dpocheck.observation import Seen
 from dpocheck.oracle.theory import PAPER, Theory
-from dpocheck.reading import entries
 
 CHAPTERS = (
     "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
@@ -117,6 +116,8 @@ class Check:
     fix: str = ""
     hears_refusals: bool = False  # the judge itself looks at `refused` and `raised`: "accepted or refused"
     says: str | None = None  # the field of `Says` that turns a convention into a promise
+    judges: str = "prediction"  # what a script shows: "prediction"; "same", "change": two runs that agree, that differ;
+    # "drawn", "graph", "frozen": what a model went through
 
     def staged(self, theory: Theory) -> Sequence[Scene]:
         return self.scenes(theory) if callable(self.scenes) else self.scenes

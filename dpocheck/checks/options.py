@@ -71,7 +71,8 @@ def _options(theory: Theory) -> list[Scene]:
 
 
 @check(
-    "OPTION-ACTS", chapter="options", stage="loss", level="should", needs=set(), scenes=_options, hears_refusals=True,
+    "OPTION-ACTS", judges="change", chapter="options", stage="loss", level="should", needs=set(), scenes=_options,
+    hears_refusals=True,
     claim="An option that is accepted changes what it names, or is refused.",
     source="design principle: an accepted option that changes nothing is a silent error",
     covers=("LOSS-TYPE-HONOURED", "LOSS-SMOOTH-VALUE"),

@@ -71,7 +71,8 @@ def _two_steps(theory: Theory) -> list:
 
 
 @check(
-    "REF-FROZEN", chapter="reference", stage="run", level="must", needs={"train.spies.reference"}, scenes=_two_steps,
+    "REF-FROZEN", judges="frozen", chapter="reference", stage="run", level="must", needs={"train.spies.reference"},
+    scenes=_two_steps,
     claim="The reference's parameters and buffers are the same bits after training as before.", source=FROZEN,
     covers=("REF-FROZEN", "REF-INDEP"), why="A reference that moves is no reference.",
     bug="A reference whose parameters are in the optimizer follows the policy.",
@@ -85,7 +86,8 @@ def frozen(case: Case) -> Comparison:
 
 
 @check(
-    "REF-NO-GRAPH", chapter="reference", stage="reference", level="should", needs={"train.spies.reference"},
+    "REF-NO-GRAPH", judges="graph", chapter="reference", stage="reference", level="should",
+    needs={"train.spies.reference"},
     scenes=_two_steps, claim="The reference runs without a graph and is left without gradients.", source=FROZEN,
     covers=("REF-NOGRAD",), why="A graph that nobody uses costs the memory of a second model in training.",
     bug="The first OpenRLHF release ran the reference without no_grad and without eval().",
@@ -110,7 +112,8 @@ def _dropout(theory: Theory) -> list:
 
 
 @check(
-    "REF-NO-DROPOUT", chapter="reference", stage="reference", level="must", needs={"train.spies.reference"},
+    "REF-NO-DROPOUT", judges="drawn", chapter="reference", stage="reference", level="must",
+    needs={"train.spies.reference"},
     scenes=_dropout, claim="No dropout is drawn in the reference, attention dropout included.", source=FROZEN,
     covers=("REF-EVAL",), why="A reference that answers differently each time is no fixed distribution.",
     bug="TRL 0.5 left dropout on in both models; several trainers still switch off nn.Dropout modules only, which "
@@ -127,7 +130,8 @@ def no_dropout(case: Case) -> Comparison:
 
 
 @check(
-    "POLICY-NO-DROPOUT", chapter="reference", stage="reference", level="should", needs={"train.spies.policy"},
+    "POLICY-NO-DROPOUT", judges="drawn", chapter="reference", stage="reference", level="should",
+    needs={"train.spies.policy"},
     scenes=_dropout, claim="No dropout is drawn in the policy, attention dropout included.",
     source="Rafailov et al. 2023, Eq. 7 is of pi_theta itself; its log-ratio to the reference starts at 0",
     covers=("DROP-POLICY",),

@@ -36,7 +36,8 @@ def _twice(theory: Theory) -> list:
 
 
 @check(
-    "RUN-SAME-SEED", chapter="runs", stage="run", level="should", needs={"sequence.digest"}, scenes=_twice,
+    "RUN-SAME-SEED", judges="same", chapter="runs",
+    stage="run", level="should", needs={"sequence.digest"}, scenes=_twice,
     claim="The same recipe with the same seed gives the same bits.", source="reproducibility on one CPU",
     covers=("RUN-DETERMINISM", "RUN-SEED"), why="A difference between two settings can then be told from chance.",
     bug="A shuffle from a generator that nobody seeds.", fix="Derive the order from seed and epoch.",
@@ -68,7 +69,7 @@ def _resume(first: bool) -> object:
 
 
 RESUME = {
-    "chapter": "runs", "stage": "run", "needs": {"sequence.digest"},
+    "judges": "same", "chapter": "runs", "stage": "run", "needs": {"sequence.digest"},
     "source": "a checkpoint holds the state of the run", "covers": ("RUN-RESUME",),
     "why": "Long runs are interrupted; what was resumed should be what was asked for.",
     "fix": "Save and restore model, optimizer, schedule, position in the data and random state; the reference is not "
@@ -212,7 +213,8 @@ def _evaluated(theory: Theory) -> list:
 
 
 @check(
-    "EVAL-PURE", chapter="runs", stage="run", level="must", needs={"sequence.digest"}, scenes=_evaluated,
+    "EVAL-PURE", judges="same", chapter="runs",
+    stage="run", level="must", needs={"sequence.digest"}, scenes=_evaluated,
     claim="An evaluation in between changes nothing in the training.", source="evaluation has no side effects",
     covers=("RUN-EVAL-PURE", "REF-RNG"), why="Two runs that differ in how often they are evaluated would differ.",
     bug="Evaluation that draws from the training's random numbers, or leaves the policy in eval mode.",

@@ -70,7 +70,8 @@ def _tokens(theory: Theory) -> list:
 
 
 @check(
-    "ACCUM-TOKENS", chapter="step", stage="step", level="should", needs={"train.gradient"}, scenes=_tokens,
+    "ACCUM-TOKENS", judges="same", chapter="step",
+    stage="step", level="should", needs={"train.gradient"}, scenes=_tokens,
     claim="With an SFT term too, the gradient does not depend on how the batch is cut into micro-batches of one size.",
     source="the gradient of a mean over pairs is the mean of their gradients", covers=("ACCUM-EVEN",),
     why="The same recipe trains differently on a machine with less memory.",
@@ -88,7 +89,8 @@ def _permuted(theory: Theory) -> list:
 
 
 @check(
-    "STEP-PERMUTATION", chapter="step", stage="step", level="must", needs={"train.gradient"}, scenes=_permuted,
+    "STEP-PERMUTATION", judges="same", chapter="step",
+    stage="step", level="must", needs={"train.gradient"}, scenes=_permuted,
     claim="The gradient of a batch does not depend on the order of its pairs.", source=MEAN,
     covers=("STEP-PERM", "LOSS-PERM"), why="Chosen and rejected rows that are matched by position drift apart.",
     bug="Chosen and rejected halves split as if they were interleaved.", fix="Keep the two rows of a pair together.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -24,11 +25,11 @@ def explain(check: Check | Question) -> str:
         return _question(check)
     title = TITLES.get(check.chapter, check.chapter)
     lines = [f"{check.id} · {check.level} · version {check.version} · tier {check.tier} · chapter {title}", ""]
-    lines += textwrap.wrap(check.claim, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    lines += textwrap.wrap(mathematics(line(check.claim)), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     lines.append("")
     caught = specimens(check.id)
     rows = [
-        ("source", check.source), ("why", check.why), ("a real bug", check.bug), ("to fix", check.fix),
+        ("source", mathematics(check.source)), ("why", check.why), ("a real bug", check.bug), ("to fix", check.fix),
         ("needs", ", ".join(sorted(check.needs))), ("stage", check.stage),
         ("promise", f"what the adapter's `says.{check.says}` states" if check.says else ""),
         ("tells apart", "; ".join(_changes(rival) for rival in check.rivals)),
@@ -39,6 +40,23 @@ def explain(check: Check | Question) -> str:
             lines += _labelled(label, text)
     lines += ["", f"  dpocheck audit SUBJECT --only {check.id}"]
     return "\n".join(lines) + "\n"
+
+
+SYMBOLS = (
+    (r"\bpi_theta\b", "π_θ"), (r"\bpi_ref\b", "π_ref"), (r"\bpi\*", "π*"), (r"\bpi\b(?=\(|\s+itself|\s)", "π"),
+    (r"\blog ref\(", "log π_ref("), (r"(?<=log )ref(?=[()])", "π_ref"), (r"\btheta\b", "θ"),
+    (r"\bsigma\b", "σ"), (r"\bbeta\b", "β"), (r"\bgamma\b", "γ"), (r"\btau\b", "τ"), (r"\beps\b", "ε"), (r"\bepsilon\b", "ε"), (r"\bgrad (?=log\b)", "∇ "),
+    (r"\bm\^(?=\s)", "m̂"), (r"\bv\^(?=[\s)])", "v̂"), (r"\^\(1/β\)", "^(1/β)"), (r"\^2\b", "²"),
+    (r"\bsqrt\(", "√("), (r">=", "≥"), (r"<=", "≤"), (r"!=", "≠"), (r" ~ ", " ∝ "), (r"(?<=\S) \* (?=\S)", " · "),
+    (r"(?<![\w)])-(?=[\wβσ∇(])", "−"), (r"(?<=[\w)\]|]) - (?=[\w(\[∇])", " − "), (r" \+β", " +β"),
+)  # fmt: skip
+
+
+def mathematics(text: str) -> str:
+    """The formulas of a claim as people write them: π, σ, β, −, ·."""
+    for plain, symbol in SYMBOLS:
+        text = re.sub(plain, symbol, text)
+    return text
 
 
 def _question(question: Question) -> str:

@@ -40,7 +40,8 @@ def function_script(result: Result, report: Report, subject: str, calls: list[di
         "folder": literal(str(path.parent)) if path else "", "module": literal(place), "models": models,
         "lookup": "lookup" in str(calls), "step": isinstance(first, StepExperiment), "size": size, "c": scale.c,
         "k": scale.k, "dtype": first.dtype, "answers": call["answers"], "optimizer": "optimizer" in str(calls),
-        "expected_words": literal(f"Expected: {line(result.claim)}"), "tolerance": 1e-2 if "16" in first.dtype else 1e-5,
+        "expected_words": literal(f"Expected: {line(result.claim)}"),
+        "tolerance": 1e-2 if "16" in first.dtype else 1e-5,
         "calls": [_call(experiment, one, report, number, len(experiments))
                   for number, (experiment, one) in enumerate(zip(experiments, calls, strict=True), 1)],
     }  # fmt: skip

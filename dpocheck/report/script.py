@@ -43,7 +43,7 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
     def asked(what: str) -> dict[str, Any]:
         if subject.endswith(".toml"):
             texts = command_trainers(Path(subject), every)
-            return {"train": texts} if texts else {}
+            return {"train": texts, "folders": True} if texts else {}
         if what == "function":
             return ask(subject, experiments=own)
         return ask(subject, recipes, asked=[_of(run) for run in every])
@@ -134,7 +134,7 @@ def train_script(
     if first.body.kind != "speaking" and any(run.policy is None for run in runs):
         return None
     judges = judged.kind(result, runs)
-    if judges in judged.SPIED and (answer.get("train") or not runs[0].body):
+    if judges in judged.SPIED and answer.get("folders"):
         return None  # a spy needs a live model
     shown = judged.predicted(result, runs, report) if judges in ("prediction", "change") else [{} for _ in runs]
     change = _change(shown, result) if judges == "change" else {}

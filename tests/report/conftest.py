@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -69,3 +72,30 @@ def hostile(report: Report) -> Report:
     )  # fmt: skip
     header = replace(report.header, name=bad, subject_version=bad, forced={bad: bad}, blind=(bad,), stubs=(bad,))
     return replace(report, header=header, results=results, equation=bad, asked=bad, smoke=bad)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Runs a script in a process in which `import dpocheck` fails."""
+    block = tmp_path / "block"
+    block.mkdir()
+    (block / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'dpocheck':\n"
+        "            raise ModuleNotFoundError('dpocheck is blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+
+    def run(text: str, code: int = 1) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        environment = os.environ | {"PYTHONPATH": str(block), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(path)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    return run

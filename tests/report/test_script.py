@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,33 +22,6 @@ WORDS = plain_words(16)
 POLICY = Table(16, 0.0, ((0, 1, 1.0), (1, 14, 3.0), (2, 14, 3.0)))
 REFERENCE = Table(16, 0.0, ((0, 2, 1.0), (1, 14, 3.0), (2, 14, 3.0)))
 RUN = TrainExperiment(POLICY, REFERENCE, WORDS, (Row("a", " b", " c"),), Recipe(batch=1))
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """Runs a script in a process in which `import dpocheck` fails."""
-    block = tmp_path / "block"
-    block.mkdir()
-    (block / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'dpocheck':\n"
-        "            raise ModuleNotFoundError('dpocheck is blocked')\n"
-        "sys.meta_path.insert(0, Block())\n"
-    )
-
-    def run(text: str, code: int = 1) -> str:
-        path = tmp_path / "script.py"
-        path.write_text(text)
-        environment = os.environ | {"PYTHONPATH": str(block), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, str(path)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
-
-    return run
 
 
 def numbers(text: str, what: str) -> tuple[float, float]:
@@ -85,7 +55,7 @@ def test_an_adapters_failure_runs_without_dpocheck_and_shows_both_numbers(report
     observed, expected = numbers(shown, "loss of train, step 1")
     assert observed == pytest.approx(0.6443967, abs=2e-6)
     assert expected == pytest.approx(0.5981389, abs=2e-6)
-    assert "<-- not so" in next(row for row in shown.splitlines() if "loss" in row)
+    assert "<-- not so" in next(row for row in shown.splitlines() if "loss of train" in row)
 
 
 def test_the_script_says_what_was_claimed_seen_and_needed(report):
@@ -165,7 +135,8 @@ def test_a_policy_changed_in_memory_is_changed_by_the_script_too(report, alone):
         "    from safetensors.torch import load_file as disk\n"
         "    now = load(policy_folder).lm_head.weight * K\n"
         "    then = disk(policy_folder / 'model.safetensors')['lm_head.weight'] * K\n"
-        "    print('now', float(now[1, 0]), float(now[2, 0]), 'disk', float(then[1, 0]), float(then[2, 0]), file=sys.__stdout__)\n"
+        "    print('now', float(now[1, 0]), float(now[2, 0]), 'disk', float(then[1, 0]), float(then[2, 0]),\n"
+        "          file=sys.__stdout__)\n"
         "    return load(policy_folder), []\n"
     )
     text = train_script(failing(report, edited), report, (edited,), {"train": [hook]})

@@ -52,7 +52,7 @@ def equation(subject: Subject) -> Equation:
     if rows is None:
         return Equation(NOTHING_FITTED, asked)
     if len(rows) < 6:
-        return Equation("not of the family -log sigma(...): its losses are not positive", asked)
+        return Equation("not of the family -log sigma(...): not all its losses are positive", asked)
     fitted, *_ = np.linalg.lstsq(np.array(rows), np.array(logits), rcond=None)
     residual = float(np.max(np.abs(np.array(rows) @ fitted - logits)))
     if residual > 1e-3:
@@ -89,9 +89,10 @@ def from_losses(subject: Subject) -> Sample:
         if losses is None:
             return None, []
         for arguments, loss in zip(experiment.arguments().T, losses, strict=True):
-            if np.isfinite(loss) and loss > 0:
-                rows.append([*(experiment.objective.beta * arguments), 1.0])
-                logits.append(float(-np.log(np.expm1(loss))))
+            if not (np.isfinite(loss) and loss > 0):
+                return [], []  # one such loss is enough: -log sigma is positive everywhere
+            rows.append([*(experiment.objective.beta * arguments), 1.0])
+            logits.append(float(-np.log(np.expm1(loss))))
     return rows, logits
 
 

@@ -123,7 +123,8 @@ class HandStep:
         a, b = self.scores(policy, batch).chunk(2)
         losses = -F.logsigmoid(objective.beta * ((a - c) - (b - d)))
         losses.mean().backward()
-        return StepOut(losses.mean().detach(), {"rewards/margins": float(objective.beta * ((a - c) - (b - d)).mean().detach())})
+        margins = (objective.beta * ((a - c) - (b - d))).detach()
+        return StepOut(losses.mean().detach(), {"rewards/margins": float(margins.mean())})
 
 
 class RowStep(HandStep):

@@ -32,10 +32,13 @@ def sides(tokenizer, row):
         texts = [tokenizer(prompt + text)["input_ids"] for text in (chosen, rejected)]
         texts = [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in texts]
     else:
-        template = lambda messages, **more: tokenizer.apply_chat_template(messages, return_dict=True, **more)["input_ids"]  # noqa: E731, E501
+        def template(messages, **more):
+            return tokenizer.apply_chat_template(messages, return_dict=True, **more)["input_ids"]
+
         before = template(prompt, add_generation_prompt=True) if prompt else []
         texts = [list(template([*prompt, *reply])) for reply in (chosen, rejected)]
-    start = min(next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before)) for ids in texts)
+    parts = [[i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b] for ids in texts]
+    start = min(len(before), *(i for differing in parts for i in differing), len(before))
     return [(ids, start) for ids in texts]
 
 
@@ -73,9 +76,11 @@ class Loop:
     def refuse(self, recipe):
         asked = recipe.objective
         for unknown, what in (
-            (recipe.schedule != "constant" or recipe.warmup_steps, "schedules"), (recipe.resume_from is not None, "resuming"),
-            (recipe.max_length, "truncation"), (recipe.dtype != "float32", recipe.dtype), (recipe.world_size > 1, "ranks"),
-            (recipe.lora and self.style != "LoRA", "LoRA"), (recipe.optimizer not in ("sgd", "adamw"), recipe.optimizer),
+            (recipe.schedule != "constant" or recipe.warmup_steps, "schedules"),
+            (recipe.resume_from is not None, "resuming"), (recipe.max_length, "truncation"),
+            (recipe.dtype != "float32", recipe.dtype), (recipe.world_size > 1, "ranks"),
+            (recipe.lora and self.style != "LoRA", "LoRA"),
+            (recipe.optimizer not in ("sgd", "adamw"), recipe.optimizer),
             (asked.kind != "sigmoid" or asked.sft_weight or asked.length_normalised, asked.kind),
             (recipe.lora and self.style == "LoRA" and recipe.precompute_reference, "a cache with LoRA"),
         ):  # fmt: skip
@@ -98,8 +103,8 @@ class Loop:
             if self.reference is not None:
                 raise Unsupported("LoRA with a reference of its own")
             asked = recipe.lora
-            self.policy = peft.get_peft_model(self.policy, peft.LoraConfig(
-                r=asked.rank, lora_alpha=asked.alpha, target_modules=list(asked.targets), lora_dropout=0.0))  # fmt: skip
+            config = peft.LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=list(asked.targets))
+            self.policy = peft.get_peft_model(self.policy, config)
         elif self.reference is None:
             self.reference = copy.deepcopy(self.policy)
         elif self.style == "copied reference":

@@ -138,7 +138,9 @@ class StartsFromTheReference(Damaged):
     def models(self, probe):
         if probe.reference_path is None:
             return probe
-        return _loading(probe, lambda what: copy.deepcopy(probe.load("reference")) if what == "policy" else probe.load(what))
+        return _loading(
+            probe, lambda what: copy.deepcopy(probe.load("reference")) if what == "policy" else probe.load(what)
+        )
 
 
 class ModelsExchanged(Damaged):

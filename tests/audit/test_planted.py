@@ -161,7 +161,8 @@ def _logps(weigh):
 
 TWICE = {
     "the reference counts half": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, c / 2, d / 2))),
-    "the chosen ratio counts one and a half": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (1.5 * a, b, 1.5 * c, d))),
+    "the chosen ratio counts one and a half": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (1.5 * a, b, 1.5 * c, d))),
     "the greater log-prob is the chosen one": (
         "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a.maximum(b), a.minimum(b), c, d))),
     "the rejected reference for both": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, d, d))),
@@ -169,7 +170,8 @@ TWICE = {
     "later tokens count less": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 0.5**place.clamp(min=0))),
     "the first token counts twice": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 + (place == 0))),
     "the second token is lost": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 * (place != 1))),
-    "the square root of the length divides": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-0.5)),
+    "the square root of the length divides": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-0.5)),
 }  # fmt: skip
 
 

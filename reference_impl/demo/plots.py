@@ -26,8 +26,8 @@ def run_figure(
     figure = Figure(figsize=(13, 7.4), dpi=130, layout="constrained")
     axes = figure.subplots(2, 3).flatten()
     both = (history, held_out)
-    _curve(axes[0], *both, "rewards/chosen", "Reward of chosen", CHOSEN, "β (log π − log π_ref)")
-    _curve(axes[1], *both, "rewards/rejected", "Reward of rejected", REJECTED, "β (log π − log π_ref)")
+    _curve(axes[0], *both, "rewards/chosen", "Reward of chosen", CHOSEN, "β (log π − log π$_{ref}$)")
+    _curve(axes[1], *both, "rewards/rejected", "Reward of rejected", REJECTED, "β (log π − log π$_{ref}$)")
     for axis in axes[:2]:
         axis.axhline(0, color=INK, linewidth=0.8)
     _share_limits(axes[0], axes[1])
@@ -35,7 +35,7 @@ def run_figure(
     _curve(axes[3], *both, "logps/chosen", "Absolute log-probs", CHOSEN, "log π(y|x), nats", label="chosen")
     _curve(axes[3], *both, "logps/rejected", "Absolute log-probs", REJECTED, "log π(y|x), nats", label="rejected")
     axes[3].legend(frameon=False, loc="lower left")
-    _curve(axes[4], *both, "kl/k1", "KL proxy (k1 on the data's completions)", NEUTRAL, "log π − log π_ref, nats")
+    _curve(axes[4], *both, "kl/k1", "KL proxy (k1 on the data's completions)", NEUTRAL, "log π − log π$_{ref}$, nats")
     axes[4].axhline(0, color=INK, linewidth=0.8)
     _recovery(axes[5], *recovery)
     figure.suptitle(title, fontsize=13, color=INK)
@@ -97,7 +97,7 @@ def _share_limits(left: Any, right: Any) -> None:
 def _accuracy(axis: Any, history: list[dict[str, Any]], split: str, best: float) -> None:
     # While policy and reference are equal every pair is a tie, which is not an accuracy.
     history = [row for row in history if row["metrics"].get("rewards/margins")]
-    _curve(axis, history, split, "rewards/accuracies", "Accuracy", NEUTRAL, "share of pairs with r̂_w > r̂_l")
+    _curve(axis, history, split, "rewards/accuracies", "Accuracy", NEUTRAL, r"pairs with $\hat{r}_w > \hat{r}_l$")
     steps, low = _series(history, split, "rewards/accuracies/low")
     _, high = _series(history, split, "rewards/accuracies/high")
     axis.fill_between(steps, low, high, color=NEUTRAL, alpha=0.15, linewidth=0)

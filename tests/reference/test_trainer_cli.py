@@ -64,6 +64,7 @@ def test_run_from_a_file_trains_and_saves(tmp_path: Path, capsys: pytest.Capture
     assert "steps: 4" in (folder / "final" / "train_config.yaml").read_text()
 
 
+@pytest.mark.long
 def test_model_card_has_the_exact_command(tmp_path: Path) -> None:
     arguments = settings(tmp_path, "out", "steps=1")
     subprocess.run(command(*arguments), check=True, capture_output=True, timeout=300)

@@ -56,7 +56,7 @@ def preferences() -> list[TokenPair]:
     # 2⁻²³, so a log-prob is off by 2⁻²² and β h, four of them times β = ½, by 2⁻²¹; the gradient vanishes within that.
     [("fp64", 1e-9), ("fp32", 4 * 2.0**-21)],
 )
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_run_recovers_the_closed_form_optimum(dtype: str, bound: float, accumulation: int) -> None:
     """36 pairs as one batch and as 13 + 13 + 10; β = ½."""
     beta, data = 0.5, preferences()

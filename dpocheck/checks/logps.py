@@ -53,7 +53,7 @@ WRONG = (
     scenes=[
         scene("ten rows of unequal lengths", batch(ROWS), family="logps"),
         scene("completions that repeat a token", batch(
-            [((0, 1), (2, 2, 3, 2, EOS)), ((0, 4), (5, 3, 5, 3, EOS))],
+            [((0, 1), (2, 2, 3, 2, EOS)), ((0, 4), (5, 3, 5, EOS))],
             table=Table(64, 0.0, ((1, 2, 1.5), (2, 2, -1.25), (2, 3, 0.75), (3, 2, 0.5), (4, 5, 1.0), (5, 3, 0.25)))),
             family="logps"),
     ],

@@ -1,6 +1,6 @@
 """Does this trainer pass the audit, through the entry point that people type?
 
-Run alone: pytest tests/reference/test_audited.py
+Run alone: pytest tests/reference/test_trainer_audited.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Does the audit find a fault that is planted in a copy of one of this trainer's functions?
 
-Run alone: pytest tests/reference/test_planted.py
+Run alone: pytest tests/reference/test_trainer_planted.py
 """
 
 from __future__ import annotations

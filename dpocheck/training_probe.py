@@ -60,7 +60,16 @@ class TrainingProbe:
 
     @staticmethod
     def state(policy: Any) -> dict[str, np.ndarray]:
-        return tables.read_state(Path(policy)) if isinstance(policy, str | Path) else live.state(policy)
+        if isinstance(policy, str | Path):
+            return tables.read_state(Path(policy))
+        if not callable(getattr(policy, "state_dict", None)):
+            from dpocheck.answer import BadAnswer
+
+            raise BadAnswer(
+                f"train() returned a TrainOut whose policy is of type {type(policy).__name__}; "
+                "expected the trained model, or the folder it was saved in"
+            )
+        return live.state(policy)
 
 
 def _entry(entry: Any) -> dict[str, Any]:

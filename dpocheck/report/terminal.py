@@ -32,6 +32,7 @@ from dpocheck.report.words import (
     plural,
 )
 from dpocheck.result import Report, Result
+from dpocheck.text import printable
 
 FINDINGS = 12  # listed on the screen; the files hold all
 PER_LINE = 40  # marks of a chapter
@@ -82,7 +83,9 @@ def _screen(report: Report, folder: Path | str | None) -> Iterable[object]:
     if report.smoke:
         yield Text()
         yield Text("The adapter did not get through the smoke stage, so nothing is said about the trainer:", "bold")
-        yield Text.assemble("  ", (line(report.smoke), "yellow"))
+        reason, *told = report.smoke.splitlines()
+        yield Text.assemble("  ", (line(reason), "yellow"))
+        yield from (Text(f"  {printable(text)}", "dim") for text in told)
     if report.results:
         yield Text()
         yield from _chapters(report)

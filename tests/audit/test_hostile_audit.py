@@ -117,7 +117,7 @@ def test_what_is_put_back_spoils_nothing(audit, deed):
 TRAINS = {  # what `train` does -> what the smoke stage says to the adapter's author
     "NothingBack": "train() returned None",
     "Unmoved": "did not move and logged no loss",
-    "NotAModel": "train() returned",
+    "NotAModel": "policy is of type list; expected the trained model",
 }
 
 

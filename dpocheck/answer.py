@@ -21,6 +21,7 @@ from dpocheck.experiment import (
     LogpExperiment,
     LossExperiment,
     StepExperiment,
+    TextExperiment,
     TrainExperiment,
     from_plain,
 )  # fmt: skip
@@ -95,7 +96,7 @@ def code_lines(cls: type) -> int | None:
     return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in quoted for n, line in lines)
 
 
-def observe(adapter: Any, experiment: Experiment, payload: dict[str, Any]) -> Reply:
+def observe(adapter: Any, experiment: Experiment | TextExperiment, payload: dict[str, Any]) -> Reply:
     if isinstance(experiment, LossExperiment):
         return _loss(adapter, experiment)
     if isinstance(experiment, LogpExperiment):
@@ -104,6 +105,10 @@ def observe(adapter: Any, experiment: Experiment, payload: dict[str, Any]) -> Re
         return _step(adapter, experiment, payload)
     if isinstance(experiment, TrainExperiment):
         return _train(adapter, experiment, payload)
+    if isinstance(experiment, TextExperiment):
+        from dpocheck.probes import fed
+
+        return {"rows": fed.observe(adapter, experiment, Path(payload["folder"]))}, {}
     raise ValueError(f"no adapter answers a {type(experiment).__name__}")
 
 

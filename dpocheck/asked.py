@@ -51,9 +51,16 @@ def left_out(options: Any, checks: Mapping[str, Any], questions: Collection[str]
     """Ids that were not asked for: their known failures are neither seen nor stale."""
     asked = set() if options.only else set(questions)
     for id, check in checks.items():
-        if id in options.only or (not options.only and (options.tier == "full" or check.tier == "quick")):
+        if id in options.only or (not options.only and wanted(options, check)):
             asked.add(id)
     return {*questions, *checks} - asked
+
+
+def wanted(options: Any, check: Any) -> bool:
+    """Whether an audit without `only` runs a check."""
+    return (options.tier == "full" or check.tier == "quick") and (
+        bool(options.tokenizer) or check.chapter != "tokenizer"
+    )
 
 
 def folder_of(tokenizer: str | Path | None) -> str | None:

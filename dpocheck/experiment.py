@@ -323,6 +323,15 @@ class Sequence:
     runs: tuple[TrainExperiment, ...]
 
 
+@dataclass(frozen=True)
+class TextExperiment:
+    """Which token rows is the policy fed?  Text or chat rows, one pair a step, on the tokenizer in the folder named."""
+
+    tokenizer: str
+    rows: tuple[Row, ...]
+    objective: Objective = Objective(beta=0.5)
+
+
 Experiment = LossExperiment | LogpExperiment | StepExperiment | TrainExperiment | Sequence
 
 
@@ -332,7 +341,7 @@ _RECORDS = {
     record.__name__: record
     for record in (
         Objective, Table, Body, Template, Tokenizer, LossExperiment, TokenRow, LogpExperiment, Pair, StepExperiment,
-        Message, Row, Lora, Recipe, TrainExperiment, Sequence,
+        Message, Row, Lora, Recipe, TrainExperiment, TextExperiment, Sequence,
     )
 }  # fmt: skip
 

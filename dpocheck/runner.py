@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpocheck import budget, conventions, diagnose, fixed, identify, smoke
+from dpocheck import budget, conventions, diagnose, fixed, identify, smoke, vocabulary
 from dpocheck import checks as _catalogue  # noqa: F401  (declares every check)
 from dpocheck.ahead import default_jobs
 from dpocheck.check import CHAPTERS, CHECKS, STAGES, Check
@@ -92,6 +92,8 @@ def _audit(
         subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only, seed=options.seed,
         shrink=options.shrink, known=options.known,
     )  # fmt: skip
+    on_tokenizer = [check for check in selected if check.chapter == vocabulary.CHAPTER]
+    selected = [check for check in selected if check.chapter != vocabulary.CHAPTER]
     if sparing and not options.only:
         session.chosen = budget.choose(subject, selected)
         selected = [check for check in selected if check.id in session.chosen]
@@ -106,6 +108,9 @@ def _audit(
         tell(Progress(number, len(selected), check.id))
         results.append(session.result(check))
     results = diagnosed(results, session)
+    if on_tokenizer:
+        tell(Progress(len(selected), len(selected) + len(on_tokenizer), "rows on the tokenizer given"))
+        results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "")
     equation = identify.equation(subject)
     return Report(
         header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,
@@ -133,9 +138,17 @@ def select(options: Options) -> list[Check]:
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `dpocheck list` shows all"
         raise UsageError(f"unknown check {unknown[0]!r}{hint}")
     wanted = [CHECKS[name] for name in options.only] or [
-        check for check in CHECKS.values() if options.tier == "full" or check.tier == "quick"
+        check for check in CHECKS.values() if wants(options, check)
     ]
+    if not options.tokenizer and (idle := [check.id for check in wanted if check.chapter == vocabulary.CHAPTER]):
+        raise UsageError(f"{idle[0]} is asked of a tokenizer of yours: give its folder with --tokenizer")
     return sorted(wanted, key=lambda check: (STAGES.index(check.stage), CHAPTERS.index(check.chapter)))
+
+
+def wants(options: Options, check: Check) -> bool:
+    """Whether an audit without `only` runs a check."""
+    tier = options.tier == "full" or check.tier == "quick"
+    return tier and (bool(options.tokenizer) or check.chapter != vocabulary.CHAPTER)
 
 
 def planned(options: Options) -> list[tuple[Check, str | None]]:

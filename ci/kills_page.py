@@ -20,10 +20,10 @@ def code_print() -> str:
 
 
 def write(cells: Cells, check_print: Callable, subject_print: Callable, matrix: Path, page: Path) -> None:
-    from dpocheck import runner
+    from dpocheck import selftest
     from dpocheck.zoo import SPECIMENS, VARIANTS
 
-    checks = runner.select(runner.Options(subject="zoo"))
+    checks = selftest.catalogue()
     prints = {check.id: check_print(check) for check in checks}
     rows = {name: cells.get(name, {}) for name in ("miniature", *VARIANTS, *SPECIMENS)}
     verdicts = {name: {id: cell[0] for id, cell in row.items() if id in prints} for name, row in rows.items()}

@@ -19,7 +19,7 @@ from dpocheck.check import CHECKS, Check
 from dpocheck.checks import gradient, logps, loss, metrics, step
 from dpocheck.experiment import Experiment, Objective, TrainExperiment
 from dpocheck.observation import Seen
-from dpocheck.oracle.theory import Theory
+from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.result import Result
 from dpocheck.session import Session
 from dpocheck.subject import Subject
@@ -98,6 +98,11 @@ def specimen(zoo: Zoo, name: str, check: Check, only: str | None = None) -> Line
     )  # fmt: skip
 
 
+def catalogue() -> list[Check]:
+    """The quick checks that the zoo is put to: those with scenes.  The chapter on a user's own tokenizer has none."""
+    return [check for check in runner.select(runner.Options(subject="zoo")) if check.staged(PAPER)]
+
+
 def declared_check(name: str) -> Check:
     """The check that must catch a specimen.  Raises ValueError where there is none of that id."""
     id = SPECIMENS[name].caught_by
@@ -172,7 +177,7 @@ def variant(zoo: Zoo, name: str) -> list[Line]:
         if result.verdict not in ALLOWED
     ]
     run = session(subject)
-    for check in runner.select(runner.Options(subject=name)):
+    for check in catalogue():
         result = run.result(check)
         if result.verdict not in ALLOWED:
             where = f"{result.reason or result.where} (error {result.error}, bound {result.bound})"

@@ -45,7 +45,8 @@ def explain(check: Check | Question) -> str:
 SYMBOLS = (
     (r"\bpi_theta\b", "π_θ"), (r"\bpi_ref\b", "π_ref"), (r"\bpi\*", "π*"), (r"\bpi\b(?=\(|\s+itself|\s)", "π"),
     (r"\blog ref\(", "log π_ref("), (r"(?<=log )ref(?=[()])", "π_ref"), (r"\btheta\b", "θ"),
-    (r"\bsigma\b", "σ"), (r"\bbeta\b", "β"), (r"\bgamma\b", "γ"), (r"\btau\b", "τ"), (r"\beps\b", "ε"), (r"\bepsilon\b", "ε"),
+    (r"\bsigma\b", "σ"), (r"\bbeta\b", "β"), (r"\bgamma\b", "γ"), (r"\btau\b", "τ"), (r"\beps\b", "ε"),
+    (r"\bepsilon\b", "ε"),
     (r"\bgrad (?=log\b)", "∇ "),
     (r"\bm\^(?=\s)", "m̂"), (r"\bv\^(?=[\s)])", "v̂"), (r"\^\(1/β\)", "^(1/β)"), (r"\^2\b", "²"),
     (r"\bsqrt\(", "√("), (r">=", "≥"), (r"<=", "≤"), (r"!=", "≠"), (r" ~ ", " ∝ "), (r"(?<=\S) \* (?=\S)", " · "),

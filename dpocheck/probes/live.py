@@ -14,7 +14,6 @@ from dpocheck.adapter import Probe
 from dpocheck.experiment import Body, Table
 from dpocheck.probes import tables
 
-
 PRISTINE: dict[tuple[str, str], Any] = {}  # (config.json, dtype) -> a model as transformers loads it, never handed out
 
 

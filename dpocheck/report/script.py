@@ -256,6 +256,7 @@ def imports(trainer: Trainer, values: dict[str, Any]) -> str:
     rows = [
         "from __future__ import annotations", "", "import contextlib",
         *(["import json"] if values["on_disk"] or "json." in whole else []), "import sys", "import tempfile",
+        "import traceback",
         *(["from collections import namedtuple"] if "namedtuple(" in trainer.pasted else []),
         "from pathlib import Path",
         *(["from types import SimpleNamespace"] if "SimpleNamespace" in trainer.text else []),

@@ -41,11 +41,12 @@ class Oracle:
     capabilities = CAPABILITIES
     says = Says()
     theory = PAPER
+    objective = None
 
     def __init__(self, obeys: Theory = PAPER) -> None:
         self.obeys, self.asked = obeys, []
 
-    def own(self, experiment: Any) -> Any:
+    def own(self, experiment: Any, check: str = "") -> Any:
         return experiment
 
     def cannot(self, experiment: Any) -> None:

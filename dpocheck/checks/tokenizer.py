@@ -39,7 +39,7 @@ def _bare(text: str, row: dict[str, Any]) -> str:
 
 @check(
     "TOK-PAIRS-FED", chapter="tokenizer", stage="tokens", level="must", needs=set(), scenes=[], source=SOURCE,
-    claim="Every pair is fed to the policy, as one chosen and one rejected row.", covers=("ROW-ALL",),
+    claim="Every pair is fed to the policy, as one chosen and one rejected row.", covers=("RUN-COVERAGE",),
     why="What is dropped on the way is never learned, and no log says so.",
     bug="A filter on lengths that counts characters as tokens drops rows in silence.",
     fix="Say how many pairs are dropped, and why, before training.",
@@ -56,7 +56,7 @@ def pairs_fed(case: Case) -> Comparison:
 @check(
     "TOK-ROUND-TRIP", chapter="tokenizer", stage="tokens", level="must", needs=set(), scenes=[], source=SOURCE,
     claim="A row decodes to the text given, and a chat row to the chat as its template renders it.",
-    covers=("ROW-TEXT", "ROW-CHAT"), why="The model learns other words than those that were compared.",
+    covers=("RUN-TOK-BOUNDARY",), why="The model learns other words than those that were compared.",
     bug="Prompt and completion stripped or joined by a space; a template applied to the completion a second time.",
     fix="Render the whole conversation once, tokenize it, and split it at the prompt.",
 )  # fmt: skip
@@ -78,7 +78,8 @@ def _straddles(row: Told, prompt: str) -> bool:
 @check(
     "TOK-SCORED", chapter="tokenizer", stage="mask", level="must", needs=set(), scenes=[], source=SOURCE,
     claim="What is scored is the completion to its end and nothing of the prompt, up to one token across the boundary.",
-    covers=("ROW-MASK",), why="Prompt tokens that are scored are learned; completion tokens that are not, are not.",
+    covers=("LOGP-GRAD-SUPPORT",),
+    why="Prompt tokens that are scored are learned; completion tokens that are not, are not.",
     bug="The length of the prompt tokenized alone, with a BOS or a generation prompt that the whole row does not have.",
     fix="Find the boundary in the row that is fed, by offsets, not by the length of another encoding.",
 )  # fmt: skip
@@ -101,7 +102,7 @@ def scored(case: Case) -> Comparison:
 @check(
     "TOK-SAME-PROMPT", chapter="tokenizer", stage="tokens", level="must", needs=set(), scenes=[], source=SOURCE,
     claim="Chosen and rejected are conditioned on the same prompt tokens, but for one token across the boundary.",
-    covers=("ROW-PREFIX",), why="log Z of the prompt cancels in the loss only where the prompt is the same.",
+    covers=("RUN-TOK-BOUNDARY",), why="log Z of the prompt cancels in the loss only where the prompt is the same.",
     bug="A prompt that is tokenized with each completion, and cut at the length of another.",
     fix="Tokenize the prompt once for both rows, or cut both where they first differ.",
 )  # fmt: skip
@@ -124,7 +125,7 @@ def same_prompt(case: Case) -> Comparison:
 @check(
     "TOK-EOS", chapter="tokenizer", stage="tokens", level="must", needs=set(), scenes=[], source=SOURCE,
     claim="A text row ends with one EOS, where the trainer appends it; a chat row ends as its template ends it.",
-    covers=("ROW-EOS",), why="A model that never scores an EOS does not learn to stop; two teach it nonsense.",
+    covers=("RUN-TOK-EOS",), why="A model that never scores an EOS does not learn to stop; two teach it nonsense.",
     bug="EOS appended to chats whose template has written it already.",
     fix="Append EOS to plain completions only, and only where it is not the last token.",
 )  # fmt: skip
@@ -148,7 +149,7 @@ def eos(case: Case) -> Comparison:
 
 @check(
     "TOK-BOS", chapter="tokenizer", stage="tokens", level="must", needs=set(), scenes=[], source=SOURCE,
-    claim="A row has the BOS that its tokenizer or template puts in front, once.", covers=("ROW-BOS",),
+    claim="A row has the BOS that its tokenizer or template puts in front, once.", covers=("RUN-TOK-BOS",),
     why="Rows that start otherwise than at inference are out of distribution from their first token.",
     bug="A template that writes the BOS, tokenized with special tokens added: two of them.",
     fix="Tokenize rendered chats with add_special_tokens=False.",

@@ -50,7 +50,7 @@ def _model(path: Path, dtype: str) -> Any:
 
     # Loading costs most of a probe's time, and probes differ in their weights alone: one is loaded the ordinary way
     # for each configuration, the others are copies of it with their own weights and their own name.
-    pristine = PRISTINE.get((key := ((path / "config.json").read_text(encoding="utf-8"), dtype)))
+    pristine = PRISTINE.get(key := ((path / "config.json").read_text(encoding="utf-8"), dtype))
     if pristine is None:
         release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         name = "dtype" if release >= (4, 56) else "torch_dtype"

@@ -53,5 +53,7 @@ def test_a_stale_entry_fails_beside_a_pass():
 def test_items_are_the_questions_and_the_checks_each_once():
     names = ids("full")
     assert len(names) == len(set(names))
-    assert set(names) == set(versions())
+    # The checks of a user's own tokenizer have no scenes until one is given.
+    assert {id for id in set(versions()) - set(names) if not id.startswith("TOK-")} == set()
+    assert set(names) <= set(versions())
     assert set(ids("quick")) <= set(names)

@@ -5,6 +5,7 @@ The only file of this package that knows dpocheck.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from dpocheck.adapter import LossOut, PairBatch, Probe, Recipe, Says, StepOut, TokenBatch, TrainOut, Unsupported
 from dpocheck.adapter import Objective as Asked
 from reference_impl import TrainConfig, dpo, train
+from reference_impl.checkpoint import FINAL
 from reference_impl.config import LoraSettings
 from reference_impl.logps import RowBatch, chunked_row_logps
 from reference_impl.objectives import PairLogps, Scored, score_pairs
@@ -53,6 +55,8 @@ class Adapter:
         return StepOut(loss, {name: float(values.mean()) for name, values in seen.items()})
 
     def train(self, probe: Probe, rows: Any, recipe: Recipe, folder: Path) -> TrainOut:
+        # Runs of one experiment share the folder; the trainer refuses to replace a model made with other settings.
+        shutil.rmtree(folder / FINAL, ignore_errors=True)
         held = {name: some for name, some in rows.items() if name != "train"}
         result = train(
             config(recipe, folder), model=probe.policy(), tokenizer=probe.tokenizer(),

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reference_impl import randomness
-from reference_impl.config import ConfigError, TrainConfig
+from reference_impl.config import ConfigError, TrainConfig, load_config
 from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers, whole_folder
 from reference_impl.metrics import from_line, to_line
 from reference_impl.models import Policy, dtype_argument, is_peft
@@ -148,6 +148,7 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
     Raises:
         CheckpointError: the one asked for is not there or damaged, all in the folder are damaged, or it belongs to
             another config.
+        ConfigError: the folder has the model of a run that is done, with other settings.
     """
     if config.resume not in ("auto", "never"):
         try:
@@ -168,8 +169,8 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
             return path
     if found:
         raise CheckpointError(f"all checkpoints in {folder} are damaged: remove them to start anew")
-    if folder is not None and (folder / FINAL).exists():
-        raise ConfigError(f"{folder} has the model of a run that is done: give another output_dir, or remove {FINAL}")
+    if folder is not None and (folder / FINAL / "train_config.yaml").exists():
+        _same_finished(folder / FINAL, config)
     return None
 
 
@@ -218,12 +219,30 @@ def _same_inputs(path: Path, facts: dict[str, Any], identity: dict[str, Any]) ->
             )
 
 
+def _same_finished(final: Path, config: TrainConfig) -> None:
+    """The same command makes the same model again; another one must not take its place."""
+    there = _plain(load_config(final / "train_config.yaml"))
+    if changes := _changes(there, config, MAY_DIFFER - {"model", "reference", "tokenizer", "train"}):
+        raise ConfigError(f"{final} is the model of another run ({changes}): give another output_dir, or remove it")
+
+
+def _changes(there: dict[str, Any], config: TrainConfig, but: frozenset[str]) -> str:
+    """Settings that differ, with both values; '' where none does."""
+    here = _plain(config)
+    changed = [name for name, value in here.items() if name not in but and there.get(name) != value]
+    return ", ".join(f"{name}: {there.get(name)} there, {here[name]} here" for name in changed)
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def _same_config(path: Path, facts: dict[str, Any], config: TrainConfig) -> None:
-    ours = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [k for k, v in ours.items() if k not in MAY_DIFFER and facts["config"].get(k) != v]
-    if changed:
-        pairs = ", ".join(f"{k}: {facts['config'].get(k)} there, {ours[k]} here" for k in changed)
-        raise CheckpointError(f"{path} belongs to another config ({pairs}); give another output_dir, or the old values")
+    if changes := _changes(facts["config"], config, MAY_DIFFER):
+        raise CheckpointError(
+            f"{path} belongs to another config ({changes}); give another output_dir, or the old values"
+        )
     there = facts["config"]["batch"] * facts["config"]["accumulation"]
     if there != config.pairs_per_step:
         raise CheckpointError(

@@ -89,12 +89,19 @@ def _tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def test_folder_of_a_finished_run_is_not_trained_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"beta": 0.5}, {"steps": 2}, {"model": "other"}], ids=str)
+def test_finished_model_is_not_replaced_by_that_of_other_settings(change: dict, tmp_path: Path) -> None:
     done = run(tmp_path, "out", save(tmp_path / "base"))
     before = (done.final / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="model of a run that is done: give another output_dir"):
-        run(tmp_path, "out", str(tmp_path / "base"), beta=0.5)
+    with pytest.raises(ConfigError, match=rf"the model of another run \({next(iter(change))}: "):
+        run(tmp_path, "out", **{"model": str(tmp_path / "base"), **change})
     assert (done.final / "model.safetensors").read_bytes() == before
+
+
+def test_the_same_command_makes_the_same_model_again(tmp_path: Path) -> None:
+    base = save(tmp_path / "base")
+    models = [(run(tmp_path, "out", base).final / "model.safetensors").read_bytes() for _ in range(2)]
+    assert models[0] == models[1]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -12,6 +12,7 @@ from dpocheck.experiment import KINDS, Objective
 from dpocheck.known import apply, load, near
 from dpocheck.open import UsageError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "slic": "hinge"}
 
 
@@ -70,6 +71,8 @@ def folder_of(tokenizer: str | Path | None) -> str | None:
     path = Path(tokenizer).expanduser().absolute()
     if not path.is_dir():
         raise UsageError(f"tokenizer {tokenizer}: not a folder; give one that `save_pretrained` of a tokenizer wrote")
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UsageError(f"tokenizer {tokenizer}: the folder holds none of {', '.join(TOKENIZER_FILES)}")
     return str(path)
 
 

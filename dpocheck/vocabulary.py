@@ -10,10 +10,12 @@ from typing import Any
 from dpocheck.check import Case, Check, Comparison, Scene
 from dpocheck.experiment import Message, Row, TextExperiment
 from dpocheck.fixed import ORDINARY
+from dpocheck.open import UsageError
 from dpocheck.result import Result
 from dpocheck.subject import Broken, Refused, Subject
 
 CHAPTER = "tokenizer"
+UNREADABLE = "holds no tokenizer that transformers loads"  # as `probes.fed` says it: the user's mistake, no finding
 SIDES = ("chosen", "rejected")
 
 # A space at the prompt's end, words that go on across the boundary, bytes that are not ASCII, white space at the end.
@@ -130,6 +132,8 @@ def _observed(subject: Subject, scene: Scene) -> Fed:
     except Refused as refusal:
         return Fed(refused=str(refusal) or "refused without a reason")
     except Broken as fault:
+        if UNREADABLE in fault.reason:
+            raise UsageError(fault.reason) from fault
         return Fed(raised=fault.reason, output=fault.output, theirs=not (fault.in_adapter or fault.died))
     rows = payload["rows"]
     return Fed(tuple(rows["pairs"]), tuple(rows["fed"]), tuple(rows["left_out"]))

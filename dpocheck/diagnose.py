@@ -325,7 +325,7 @@ def _cost(experiment: Experiment) -> float:
     return 2.0 + 0.2 * len(getattr(experiment, "pairs", ()))
 
 
-@lru_cache(maxsize=60_000)
+@lru_cache(maxsize=8192)
 def fields(predict: Predict, experiment: Experiment, theory: Theory, plan: derive.Plan | None = None) -> Numbers:
     """A prediction's numbers by name, remembered without the rest of it: many theories are asked of few experiments."""
     fresh = getattr(predict, "__wrapped__", predict)

@@ -110,7 +110,7 @@ def _audit(
     results = diagnosed(results, session)
     if on_tokenizer:
         tell(Progress(len(selected), len(selected) + len(on_tokenizer), "rows on the tokenizer given"))
-        results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "")
+        results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "", blocking=not options.only)
     equation = identify.equation(subject)
     return Report(
         header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,

@@ -16,6 +16,7 @@ from dpocheck.subject import Broken, Refused, Subject
 
 CHAPTER = "tokenizer"
 UNREADABLE = "holds no tokenizer that transformers loads"  # as `probes.fed` says it: the user's mistake, no finding
+FIRST = "TOK-ROUND-TRIP"  # where the text is another, nothing else can be said of a row
 SIDES = ("chosen", "rejected")
 
 # A space at the prompt's end, words that go on across the boundary, bytes that are not ASCII, white space at the end.
@@ -89,21 +90,29 @@ def scenes(tokenizer: str, subject: Subject) -> list[Scene]:
     ]
 
 
-def results(subject: Subject, checks: Iterable[Check], tokenizer: str) -> list[Result]:
-    """The chapter's results: four runs, each judged by every check."""
-    from dpocheck.session import Outcome, report
+def results(subject: Subject, checks: Iterable[Check], tokenizer: str, *, blocking: bool = True) -> list[Result]:
+    """The chapter's results: four runs, each judged by every check.
 
-    asked = scenes(tokenizer, subject)
-    fed = [(scene, _observed(subject, scene)) for scene in asked]
-    found = []
-    for check in checks:
+    `blocking`: where a run's rows have other text than is due, the other checks say nothing about that run.
+    """
+    from dpocheck.session import ORDER, Outcome, report
+
+    fed = [(scene, _observed(subject, scene)) for scene in scenes(tokenizer, subject)]
+    found, wrong = [], set()
+    for check in sorted(checks, key=lambda check: check.id != FIRST):
         began = time.perf_counter()
-        outcomes = [
-            Outcome(_judged(check, scene, seen, subject), replace(scene, experiments=()), "native", seen.output)
-            for scene, seen in fed
-        ]
-        order = ("fail", "error", "unknown", "pass", "not-applicable")
-        told = min(outcomes, key=lambda outcome: order.index(outcome.comparison.verdict))
+        outcomes = []
+        for scene, seen in fed:
+            bare = replace(scene, experiments=())
+            if blocking and scene.name in wrong:
+                blocked = Comparison("blocked", reason=f"{FIRST} failed before")
+                outcomes.append(Outcome(blocked, bare, blocked_by=FIRST))
+                continue
+            comparison = _judged(check, scene, seen, subject)
+            if check.id == FIRST and comparison.verdict == "fail":
+                wrong.add(scene.name)
+            outcomes.append(Outcome(comparison, bare, "native", seen.output))
+        told = min(outcomes, key=lambda outcome: ORDER.index(outcome.comparison.verdict))
         found.append(report(check, told, time.perf_counter() - began))
     return found
 

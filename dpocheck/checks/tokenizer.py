@@ -31,10 +31,13 @@ def _each(case: Case, wrong: Judge) -> Comparison:
 
 
 def _bare(text: str, row: dict[str, Any]) -> str:
-    """Without a BOS in front and an EOS at the end, which other checks look at."""
+    """Without what stands of BOS in front and of EOS at the end, which other checks look at."""
     bos, eos = row["bos_text"], row["eos_text"]
-    text = text.removeprefix(bos) if bos else text
-    return text.removesuffix(eos) if eos else text
+    while bos and text.startswith(bos):
+        text = text.removeprefix(bos)
+    while eos and text.endswith(eos):
+        text = text.removesuffix(eos)
+    return text
 
 
 @check(

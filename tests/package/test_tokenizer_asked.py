@@ -27,11 +27,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: write(tmp_path_factory.mktemp(name)) for name, write in TOKENIZERS.items()}
 
 
-def verdicts(trainer: Any, tokenizer: Path, folder: Path) -> dict[str, str]:
+def verdicts(trainer: Any, tokenizer: Path, folder: Path, *, blocking: bool = True) -> dict[str, str]:
     """The chapter's verdicts on a live trainer, under the paper's conventions."""
     subject = open_subject(trainer, folder)
     try:
-        found = vocabulary.results(subject, [CHECKS[id] for id in IDS], str(tokenizer))
+        found = vocabulary.results(subject, [CHECKS[id] for id in IDS], str(tokenizer), blocking=blocking)
     finally:
         subject.close()
     return {result.id: result.verdict for result in found}
@@ -122,7 +122,18 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_rows_fails_its_check(folders, fault, tmp_path):
     changes, name, caught_by = FAULTS[fault]
-    assert verdicts(replace(MINIATURE, **changes), folders[name], tmp_path)[caught_by] == "fail"
+    found = verdicts(replace(MINIATURE, **changes), folders[name], tmp_path, blocking=False)
+    assert found[caught_by] == "fail"
+
+
+def test_one_fault_of_the_text_is_one_finding(folders, tmp_path):
+    def without_system(row: Any, tokenizer: Any) -> parts.Text:
+        prompt = row.get("prompt")
+        kept = [m for m in prompt if m["role"] != "system"] if isinstance(prompt, list) else prompt
+        return parts.render({**row, "prompt": kept}, tokenizer)
+
+    found = verdicts(replace(MINIATURE, render=without_system), folders["chatml"], tmp_path)
+    assert [id for id, verdict in found.items() if verdict == "fail"] == ["TOK-ROUND-TRIP"]
 
 
 def test_every_check_of_the_chapter_is_failed_by_a_fault():

@@ -188,17 +188,19 @@ def test_full_disk_leaves_earlier_checkpoints_whole_and_nothing_half_written(
 @needs_fork
 @pytest.mark.parametrize("file", ["data_report.train.json", "train_config.yaml", "metrics.jsonl"])
 def test_full_disk_under_a_small_file_is_one_line_and_leaves_no_half_of_it(file: str, tmp_path: Path) -> None:
-    """They are written in this order and each is larger than the one before: one byte less than it needs meets it."""
+    """They are written in this order and each is larger than the one before: less room than it needs meets it."""
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(20)))
     save(tmp_path / "m")
     given = [f"model={tmp_path / 'm'}", f"train={tmp_path / 'train.jsonl'}", "steps=6"]
     assert in_child(lambda: cli.run([*given, f"output_dir={tmp_path / 'a'}"])) == 0
     needed = [(tmp_path / "a" / name).stat().st_size for name in ("data_report.train.json", "train_config.yaml", file)]
     assert needed == sorted(needed) or file == "data_report.train.json"
+    # Speeds are logged with as many digits as they have, so that a history's size differs from run to run.
+    limit = max(needed[1] + 1, needed[2] * 3 // 4) if file == "metrics.jsonl" else needed[2] - 1
 
     def action() -> None:
         with io.StringIO() as said, contextlib.redirect_stderr(said):
-            limit_file_size(needed[2] - 1)
+            limit_file_size(limit)
             assert cli.run([*given, f"output_dir={tmp_path / 'b'}"]) == 1
             lines = [line for line in said.getvalue().splitlines() if line.startswith("dpo-train: ")]
         assert len(lines) == 1

@@ -27,6 +27,7 @@ from dpocheck.session import Limit, Predict
 
 SHOWN = 3  # diagnoses that a report names
 NEAR = 0.2  # a fault that leaves more than this share of the error explains nothing
+SOME = 0.9  # one that leaves less explains something
 EXACT = 0.02
 SCREENED = 15  # faults that are judged on all the evidence, after one small experiment
 WITNESSES = 24  # further observations that decide between faults which explain the failure equally well
@@ -129,11 +130,11 @@ class Diagnostician:
             first = self._cheaper(_told(others)) or first
         found = self._judged(self._screened(first, list(candidates())), facts)
         if not found or found[0].left > EXACT:
-            found = _merged(found, self._judged(self._fitted(first), facts))
+            found = sorted(found + self._judged(self._fitted(first), facts), key=Ranked.key)
         if not found or found[0].left > EXACT:
             single = min((one.left for one in found), default=1.0)
             pairs = self._judged(self._screened(first, list(dict(self._pairs(found)).items())), facts)
-            found = _merged(found, [one for one in pairs if one.left < single / 2])  # both take part in it
+            found = sorted(found + [one for one in pairs if one.left < single / 2], key=Ranked.key)  # both take part
         best = [one for one in found if one.left <= NEAR]
         if len(best) > 1 and best[1].left <= best[0].left + EXACT:
             best = self._decided(best, _told(others))
@@ -268,8 +269,8 @@ class Diagnostician:
             return None
 
     def _pairs(self, found: list[Ranked]) -> Iterator[Named]:
-        """Two faults at once: the most telling single faults, each with every other."""
-        for one in found[:5]:
+        """Two faults at once: the singles that take a share of the error away, each with every other."""
+        for one in [one for one in found if one.left < SOME][:3]:
             for other, fault in candidates():
                 if set(one.theory.differs()).isdisjoint(fault.differs()):
                     yield " and ".join(sorted((one.name, other))), one.theory.but(**fault.differs())
@@ -305,10 +306,6 @@ def candidates() -> Iterator[Named]:
     yield from (*FAULTS.items(), *CHOICES.items())
 
 
-def _merged(*lists: list[Ranked]) -> list[Ranked]:
-    return sorted((one for some in lists for one in some), key=Ranked.key)
-
-
 def _told(others: Evidence | Callable[[], Evidence]) -> Evidence:
     return list(others() if callable(others) else others)
 
@@ -329,9 +326,9 @@ def _cost(experiment: Experiment) -> float:
 def fields(predict: Predict, experiment: Experiment, theory: Theory, plan: derive.Plan | None = None) -> Numbers:
     """A prediction's numbers by name, remembered without the rest of it: many theories are asked of few experiments."""
     fresh = getattr(predict, "__wrapped__", predict)
-    if plan is None:
-        return dict(observables(fresh(experiment, theory)))
-    return dict(observables(plan.read(tuple(fresh(coarse, theory) for coarse in plan.experiments))))
+    with np.errstate(all="ignore"):
+        told = tuple(fresh(one, theory) for one in (plan.experiments if plan else (experiment,)))
+        return dict(observables(plan.read(told) if plan else told[0]))
 
 
 @lru_cache(maxsize=4096)
@@ -377,7 +374,7 @@ def _distance(one: np.ndarray, other: np.ndarray, limit: np.ndarray) -> tuple[fl
     is no difference."""
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other) / limit)
-    clipped = np.where(np.isfinite(error), np.minimum(error, 1e150), 1e150)
+    clipped = np.where(np.isfinite(error), np.minimum(error, 1e140), 1e140)
     return float(np.linalg.norm(clipped)), float(np.max(clipped, initial=0.0))
 
 

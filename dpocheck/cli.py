@@ -151,9 +151,9 @@ def new_adapter(name: str) -> None:
 def refusals() -> Iterator[None]:
     """Turn what is said to a person about bad input into one line and exit code 2."""
     from dpocheck import files, runner
+    from dpocheck.functions.parameters import NotRecognised
     from dpocheck.known import KnownError
     from dpocheck.open import UsageError
-    from dpocheck.parameters import NotRecognised
     from dpocheck.scaffold import NameRefused
     from dpocheck.stored import StoredError
 
@@ -208,7 +208,7 @@ def named(subject: str) -> str:
     """A file without a name becomes all that is recognised in it, which is said; anything else stays as it is."""
     if not subject.endswith(".py") or not Path(subject).is_file():
         return subject
-    from dpocheck.find import candidates, recognise
+    from dpocheck.functions.find import candidates, recognise
 
     chosen = {candidate.name for candidate in recognise(subject)}
     for candidate in candidates(subject):

@@ -8,11 +8,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from dpocheck.find import recognise
-from dpocheck.loading import split
-from dpocheck.parameters import NotRecognised
+from dpocheck.functions.find import recognise
+from dpocheck.functions.parameters import NotRecognised
 from dpocheck.subject import Subject
 from dpocheck.transports import Broken, InFiles, InProcess, InWorker, Refused
+from dpocheck.worker.loading import split
 
 LEAST_MEMORY = 0.75  # GB; below it torch is not imported, and the process ends without a word
 
@@ -61,7 +61,7 @@ def _limits(timeout: float, memory: float) -> None:
 
 
 def _adapted(subject: Any) -> Any:
-    from dpocheck.loading import is_adapter
+    from dpocheck.worker.loading import is_adapter
 
     if is_adapter(subject):
         return subject() if isinstance(subject, type) else subject

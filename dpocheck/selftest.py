@@ -23,8 +23,8 @@ from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.result import Result
 from dpocheck.session import Session
 from dpocheck.subject import Subject
-from dpocheck.transport import Limits, Worker
 from dpocheck.transports import InWorker
+from dpocheck.transports.isolated import Limits, Worker
 from dpocheck.zoo import SPECIMENS, VARIANTS
 from dpocheck.zoo.registry import TRAIN
 

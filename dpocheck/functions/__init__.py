@@ -7,10 +7,10 @@ import inspect
 from typing import Any
 
 from dpocheck.adapter import Says
-from dpocheck.forms import EXAMPLES
+from dpocheck.functions.forms import EXAMPLES
 from dpocheck.functions.options import own_kind
+from dpocheck.functions.parameters import NotRecognised, spelled
 from dpocheck.functions.target import Target, target
-from dpocheck.parameters import NotRecognised, spelled
 
 __all__ = ["FunctionAdapter", "NotRecognised", "as_adapter", "combine"]
 

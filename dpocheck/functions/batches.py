@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dpocheck.adapter import PairBatch
-from dpocheck.parameters import Concept, concept, option
-from dpocheck.source_facts import Facts
+from dpocheck.functions.parameters import Concept, concept, option
+from dpocheck.functions.source_facts import Facts
 
 USUAL = ("input_ids", "attention_mask", "labels")
 

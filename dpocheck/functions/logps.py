@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 from dpocheck.adapter import Objective, PairBatch, TokenBatch
-from dpocheck.forms import SUMS
 from dpocheck.functions.batches import pair_batch
+from dpocheck.functions.forms import SUMS
 from dpocheck.functions.models import expected, outside, speaking
+from dpocheck.functions.parameters import concept
 from dpocheck.functions.target import Target
-from dpocheck.parameters import concept
 
 MOVED = re.compile(r"shift|next|target", re.I)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpocheck.source_facts import Facts
+from dpocheck.functions.source_facts import Facts
 
 OUTPUT_FIELDS = {"logits", "last_hidden_state", "hidden_states"}
 

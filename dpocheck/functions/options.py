@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from dpocheck.adapter import Objective, Unsupported
-from dpocheck.parameters import option, words
+from dpocheck.functions.parameters import option, words
 
 KINDS = {
     "sigmoid": ("sigmoid", "dpo", "vanilla", "standard", "logistic"),

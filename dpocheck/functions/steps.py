@@ -13,8 +13,8 @@ from dpocheck.functions import options
 from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.losses import unpack
 from dpocheck.functions.models import expected, outside, speaking
+from dpocheck.functions.parameters import concept, words
 from dpocheck.functions.target import Target, constructor
-from dpocheck.parameters import concept, words
 
 
 class Step:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpocheck import source_facts
 from dpocheck.adapter import Objective
-from dpocheck.forms import Match, Refusal, doubt, recognise
-from dpocheck.functions import options
-from dpocheck.parameters import NotRecognised, Parameter, concept, option
-from dpocheck.source_facts import NOTHING, Facts
+from dpocheck.functions import options, source_facts
+from dpocheck.functions.forms import Match, Refusal, doubt, recognise
+from dpocheck.functions.parameters import NotRecognised, Parameter, concept, option
+from dpocheck.functions.source_facts import NOTHING, Facts
 
 MISSING = object()
 STANDINS = {"accelerator", "scheduler", "scaler", "counter"}  # given only to those who cannot do without

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment
-from dpocheck.parameters import FOUR
+from dpocheck.functions.parameters import FOUR
 from dpocheck.probes import tables
 from dpocheck.report.literal import literal
 from dpocheck.report.words import line

@@ -46,7 +46,7 @@ def ask(
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     from dpocheck.experiment import from_plain
-    from dpocheck.loading import load
+    from dpocheck.worker.loading import load
 
     adapter = load(question["subject"])
     if question["experiments"]:

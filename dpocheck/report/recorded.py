@@ -87,9 +87,9 @@ def watch(value: Any) -> Any:
 
 
 def _ask(adapter: Any, experiment: Experiment) -> None:
-    from dpocheck import answer
     from dpocheck.subject import checkpoints
     from dpocheck.transports import request
+    from dpocheck.worker import answer
 
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         place = Path(folder)

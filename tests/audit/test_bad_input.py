@@ -76,7 +76,7 @@ def refused(tmp_path, monkeypatch):
     (["broken.toml"], "broken.toml is not TOML"),
 ])  # fmt: skip
 def test_what_can_be_seen_without_the_subject_is_refused_before_a_worker_starts(refused, monkeypatch, arguments, said):
-    from dpocheck import process
+    from dpocheck.transports import process
 
     def never(*_, **__):
         raise AssertionError("a process was started")

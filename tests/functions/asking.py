@@ -1,4 +1,4 @@
-"""Puts experiments to functions through `dpocheck.answer`, and the numbers they should give, by plain loops."""
+"""Puts experiments to functions through `dpocheck.worker.answer`, and the numbers they should give, by plain loops."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dpocheck import answer
 from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment, to_plain
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
+from dpocheck.worker import answer
 
 SUBJECTS = Path(__file__).parent / "subjects"
 

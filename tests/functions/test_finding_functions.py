@@ -8,12 +8,12 @@ import sys
 import pytest
 from asking import SUBJECTS, ask
 
-from dpocheck import find, loading
-from dpocheck.answer import BadAnswer
 from dpocheck.experiment import LogpExperiment, LossExperiment, Objective, Table, TokenRow
-from dpocheck.find import candidates, recognise
-from dpocheck.functions import as_adapter
-from dpocheck.parameters import NotRecognised
+from dpocheck.functions import as_adapter, find
+from dpocheck.functions.find import candidates, recognise
+from dpocheck.functions.parameters import NotRecognised
+from dpocheck.worker import loading
+from dpocheck.worker.answer import BadAnswer
 
 AWKWARD = SUBJECTS / "awkward.py"
 TWO = LossExperiment((-1.0, -2.0), (-2.0, -3.5), (-1.5, -2.0), (-1.0, -3.0), Objective(beta=0.5))
@@ -48,7 +48,10 @@ def test_a_candidate_says_how_it_was_recognised_and_what_is_fixed():
 
 
 def test_the_judge_needs_no_torch_to_find():
-    code = f"import sys, dpocheck.find; dpocheck.find.candidates({str(AWKWARD)!r}); print('torch' in sys.modules)"
+    code = (
+        "import sys; from dpocheck.functions.find import candidates; "
+        f"candidates({str(AWKWARD)!r}); print('torch' in sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from asking import SUBJECTS, ask
 
-from dpocheck import fixed, loading
+from dpocheck import fixed
 from dpocheck.adapter import Unsupported
 from dpocheck.experiment import LossExperiment, Objective
+from dpocheck.worker import loading
 
 FOUR = ((-3.5, -7.25), (-6.0, -4.5), (-4.0, -6.5), (-5.0, -5.75))
 H = (1.5, -2.0)  # (pi_w - ref_w) - (pi_l - ref_l): (0.5 - -1.0), (-0.75 - 1.25)

@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from dpocheck.transport import Limits, Worker
+from dpocheck.transports.isolated import Limits, Worker
 
 COMMON = '''
 import os, signal, sys, threading, time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpocheck.transport import SubjectError
+from dpocheck.transports.isolated import SubjectError
 
 # deed -> the beginning of the line that tells it
 PYTHON = {

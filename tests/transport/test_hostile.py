@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dpocheck.transport import Limits, SubjectError, WorkerDied, WorkerTimeout
+from dpocheck.transports.isolated import Limits, SubjectError, WorkerDied, WorkerTimeout
 
 
 def assert_next_call_works(worker):
@@ -245,7 +245,7 @@ def test_an_error_says_whose_frame_raised(worker_of, tmp_path):
             from dpocheck.experiment import from_plain
             from_plain({"type": "nonsense"})
         def complaint(payload, arrays):
-            from dpocheck.answer import BadAnswer
+            from dpocheck.worker.answer import BadAnswer
             raise BadAnswer("loss() returned None")
         """
     )
@@ -353,7 +353,7 @@ def test_a_worker_ends_when_its_judge_is_killed(tmp_path, busy):
         "def handle(op, payload, arrays, state):\n    while op == 'spin': pass\n    return {}, {}\n"
     )
     code = (
-        "import sys, time, threading; from pathlib import Path; from dpocheck.transport import *\n"
+        "import sys, time, threading; from pathlib import Path; from dpocheck.transports.isolated import *\n"
         "w = Worker('s', folder=Path(sys.argv[1]), handler='busy_subject:handle', cwd=Path(sys.argv[1]))\n"
         "w.call('open', {}); print(w.pid, flush=True)\n"
         f"w.call('spin', {{}}) if {busy} else time.sleep(600)\n"

@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from dpocheck.process import KEPT, Process, environment_for
-from dpocheck.transport import Limits, SubjectError, WorkerDied
+from dpocheck.transports.isolated import Limits, SubjectError, WorkerDied
+from dpocheck.transports.process import KEPT, Process, environment_for
 
 MEGABYTE = 2**20
 
@@ -140,7 +140,7 @@ def test_nothing_a_subject_writes_reaches_our_terminal(tmp_path):
         "    return {'input': sys.stdin.read()}, {}\n"
     )
     code = (
-        "import sys; from pathlib import Path; from dpocheck.transport import *\n"
+        "import sys; from pathlib import Path; from dpocheck.transports.isolated import *\n"
         "w = Worker('s', folder=Path(sys.argv[1]), handler='loud:handle', cwd=Path(sys.argv[1]))\n"
         "print(w.call('x', {})[0], w.output.count('LOUD'))\n"
     )
@@ -164,7 +164,7 @@ def test_a_worker_imports_the_standard_library_and_numpy_only(worker_of):
 
 
 def test_the_judge_s_side_does_not_import_torch():
-    code = "import sys, dpocheck.transport, dpocheck.text, dpocheck.files; print('torch' in sys.modules)"
+    code = "import sys, dpocheck.transports.isolated, dpocheck.text, dpocheck.files; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

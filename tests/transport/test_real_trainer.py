@@ -9,7 +9,7 @@ import pytest
 from dpocheck.experiment import Recipe, Row, Table, TrainExperiment, to_plain
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.transport import Worker
+from dpocheck.transports.isolated import Worker
 
 
 @pytest.mark.long
@@ -22,7 +22,7 @@ def test_trl_runs_the_same_in_every_call_and_process_and_changes_nothing_but_ran
     paths = {"policy": tmp_path / "policy", "reference": tmp_path / "reference"}
     tables.write_checkpoint(paths["policy"], policy, words, experiment.body, "float32")
     tables.write_checkpoint(paths["reference"], reference, words, experiment.body, "float32")
-    payload = {"experiment": to_plain(experiment)} | {name: str(path) for name, path in paths.items()}
+    payload = {"subject": "trl", "experiment": to_plain(experiment)} | {name: str(path) for name, path in paths.items()}
     digests, changes = [], []
     with Worker("trl", folder=tmp_path / "worker") as worker:
         for n in range(4):

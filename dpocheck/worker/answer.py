@@ -39,7 +39,7 @@ def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], stat
     if op not in ("open", "observe"):
         raise ValueError(f"unknown request {op!r}; known: open, observe")
     if state.get("loaded") != payload["subject"]:  # the first request, the first after a death, or another subject
-        from dpocheck.loading import load
+        from dpocheck.worker.loading import load
 
         state.update(loaded=payload["subject"], adapter=load(payload["subject"]))
     if op == "open":
@@ -215,7 +215,7 @@ def _logps(adapter: Any, experiment: LogpExperiment, payload: dict[str, Any]) ->
 
 
 def _step(adapter: Any, experiment: StepExperiment, payload: dict[str, Any]) -> Reply:
-    from dpocheck import spies
+    from dpocheck.worker import spies
 
     probe = _models(experiment, payload)
     policy, reference = probe.policy().train(), probe.reference().train()
@@ -279,7 +279,7 @@ def _number(value: Any) -> bool:
 
 
 def _train(adapter: Any, experiment: TrainExperiment, payload: dict[str, Any]) -> Reply:
-    from dpocheck.training_probe import TrainingProbe
+    from dpocheck.worker.training_probe import TrainingProbe
 
     watched = TrainingProbe(experiment, payload)
     folder = Path(payload["folder"])

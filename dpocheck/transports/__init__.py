@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpocheck import failure
 from dpocheck.experiment import Experiment, TrainExperiment, to_plain
+from dpocheck.worker import failure
 
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
 # Globals that no trainer has to change; seeds, caches and variables of the environment many set, and that is no news.
@@ -59,7 +59,7 @@ class InProcess:
     isolation = "none"
 
     def __init__(self, adapter: Any) -> None:
-        from dpocheck import answer
+        from dpocheck.worker import answer
 
         self.handle: Callable[..., Reply] = answer.handle
         self.state = {"adapter": adapter}
@@ -88,20 +88,20 @@ class InWorker:
     isolation = "process"
 
     def __init__(self, subject: str, worker: Any) -> None:
-        """`worker` is a `transport.Worker`; the subjects of the self-test share one."""
-        from dpocheck import transport
+        """`worker` is an `isolated.Worker`; the subjects of the self-test share one."""
+        from dpocheck.transports import isolated
 
-        self.module, self.worker, self.subject = transport, worker, subject
+        self.module, self.worker, self.subject = isolated, worker, subject
         self.changed: tuple[str, ...] = ()
         self.about = self._open()
 
     @staticmethod
     def start(subject: str, folder: Path, *, seconds: float, memory_gb: float) -> InWorker:
         """A worker of its own for one subject."""
-        from dpocheck import transport
+        from dpocheck.transports import isolated
 
-        limits = transport.Limits(seconds=seconds, memory_gb=memory_gb)
-        return InWorker(subject, transport.Worker(subject, limits=limits, folder=folder))
+        limits = isolated.Limits(seconds=seconds, memory_gb=memory_gb)
+        return InWorker(subject, isolated.Worker(subject, limits=limits, folder=folder))
 
     def _open(self) -> dict[str, Any]:
         return self._call("open", {"subject": self.subject})[0]

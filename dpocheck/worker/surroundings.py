@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dpocheck.watched import ABSENT, Watched, functions, moved, short, torch_globals
+from dpocheck.worker.watched import ABSENT, Watched, functions, moved, short, torch_globals
 
 # Bound before a subject can replace them.
 _BUILTINS = dict(vars(builtins))

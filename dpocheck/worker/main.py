@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from dpocheck import failure, wire
-from dpocheck.surroundings import Surroundings
+from dpocheck import wire
+from dpocheck.worker import failure
+from dpocheck.worker.surroundings import Surroundings
 
 __all__ = ["main"]
 
@@ -38,12 +39,12 @@ _signal, _modules = signal.signal, sys.modules
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="dpocheck.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dpocheck.worker.main", description=__doc__)
     parser.add_argument("--channel", required=True, help="IN,OUT: file descriptors")
     parser.add_argument("--life", type=int, required=True, help="a pipe that ends when the judge does")
     parser.add_argument("--subject", required=True)
     parser.add_argument("--folder", required=True)
-    parser.add_argument("--handler", default="dpocheck.answer:handle")
+    parser.add_argument("--handler", default="dpocheck.worker.answer:handle")
     parser.add_argument("--memory", type=int, default=0, help="bytes of address space; 0: no limit")
     parser.add_argument("--append-path", default="", help="a folder to search for modules last")
     options = parser.parse_args(argv)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from dpocheck import forms, source_facts
-from dpocheck.forms import EXAMPLES, Match, Refusal
-from dpocheck.parameters import NotRecognised, Parameter, option, spelled
-from dpocheck.source_facts import Facts
+from dpocheck.functions import forms, source_facts
+from dpocheck.functions.forms import EXAMPLES, Match, Refusal
+from dpocheck.functions.parameters import NotRecognised, Parameter, option, spelled
+from dpocheck.functions.source_facts import Facts
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 
 from dpocheck import wire
-from dpocheck.failure import headline
-from dpocheck.process import Process, environment_for, widen
 from dpocheck.text import printable
+from dpocheck.transports.process import Process, environment_for, widen
+from dpocheck.worker.failure import headline
 
 __all__ = ["Limits", "SubjectError", "Worker", "WorkerDied", "WorkerTimeout"]
 
 TICK = 0.05  # seconds between two looks at a silent worker
 GRACE = 2.0  # seconds for a process whose channel closed to end by itself
-LOST_CHANNEL = 70  # the exit code of worker.py for that
-HANDLER = "dpocheck.answer:handle"
-HERE = Path(__file__).resolve().parent
+LOST_CHANNEL = 70  # the exit code of worker/main.py for that
+HANDLER = "dpocheck.worker.answer:handle"
+HERE = Path(__file__).resolve().parents[1]
 
 # Loads this very package under its name, in an interpreter that may lack it, and leaves sys.path alone: the folder
 # above it can hold another release of everything.
@@ -41,7 +41,7 @@ _START = (
     "s = u.spec_from_file_location('dpocheck', p + '/__init__.py', submodule_search_locations=[p])\n"
     "m = sys.modules['dpocheck'] = u.module_from_spec(s)\n"
     "s.loader.exec_module(m)\n"
-    "from dpocheck.worker import main\n"
+    "from dpocheck.worker.main import main\n"
     "main()\n"
 )
 

@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dpocheck.parameters import Parameter, concept, option
+from dpocheck.functions.parameters import Parameter, concept, option
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 

@@ -17,7 +17,7 @@ FRAMES = 25  # kept at each end of a long traceback
 CAUSES = 5
 LOADED = "dpocheck_subject_"  # the name under which a subject's file is imported
 
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # this package
 _OURS_AS_SUBJECT = tuple(os.path.join(_HERE, name) for name in ("miniature", "zoo" + os.sep))
 
 

@@ -36,7 +36,7 @@ def load(subject: str) -> Any:
     place, attribute = split(subject)
     if place.endswith(".py"):
         if not attribute:
-            from dpocheck.find import recognise
+            from dpocheck.functions.find import recognise
 
             attribute = ",".join(candidate.name for candidate in recognise(place))
         module = _file(Path(place))

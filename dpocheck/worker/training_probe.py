@@ -27,7 +27,7 @@ class TrainingProbe:
         )  # fmt: skip
 
     def _watch(self, name: str, model: Any) -> None:
-        from dpocheck import spies
+        from dpocheck.worker import spies
 
         self.spies[name] = spies.watch(model)
 
@@ -63,7 +63,7 @@ class TrainingProbe:
         if isinstance(policy, str | Path):
             return tables.read_state(Path(policy))
         if not callable(getattr(policy, "state_dict", None)):
-            from dpocheck.answer import BadAnswer
+            from dpocheck.worker.answer import BadAnswer
 
             raise BadAnswer(
                 f"train() returned a TrainOut whose policy is of type {type(policy).__name__}; "

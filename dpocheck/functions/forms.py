@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpocheck.parameters import ABBREVIATIONS, FOUR, Concept, Parameter, concept, is_batch, option, spelled, words
-from dpocheck.source_facts import Facts
+from dpocheck.functions.parameters import (
+    ABBREVIATIONS,
+    FOUR,
+    Concept,
+    Parameter,
+    concept,
+    is_batch,
+    option,
+    spelled,
+    words,
+)
+from dpocheck.functions.source_facts import Facts
 
 EXAMPLES = {
     "loss": "dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, "

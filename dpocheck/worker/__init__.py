@@ -1,0 +1,1 @@
+"""What runs beside the trainer, in its environment: light, without the judge.  `main` is where it starts."""

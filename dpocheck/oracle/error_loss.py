@@ -28,14 +28,21 @@ def gamma(n: float | np.ndarray, u: float) -> float | np.ndarray:
     return np.where(n * u < 1.0, n * u / np.maximum(1.0 - n * u, u), np.inf)[()]
 
 
-def softplus_error(m: np.ndarray, e: np.ndarray, u: float, tiny: float) -> np.ndarray:
-    """Of -log sigma(m), where m carries an error of at most e.
+def softplus_error(m: np.ndarray, e: np.ndarray, u: float, tiny: float, size: np.ndarray) -> np.ndarray:
+    """Of -log sigma(m), where m carries an error of at most e and is a difference of terms of at most `size`.
 
     The slope on [m - e, m + e] is at most min(1, sigma(-m) exp(e)).  The evaluation is max(-m, 0) + log1p(exp(-|m|))
     or an equal: exp, log1p, the maximum and the sum, one relative error each, on terms that are all positive.
+
+    The softmax cross-entropy of two rewards whose difference is m is the same loss, by the shifted log-sum-exp, which
+    is accurate in the sense of Blanchard, Higham and Higham (2021, Accurately computing the log-sum-exp and softmax
+    functions, IMA J. Numer. Anal. 41).  s = 1 + exp(-|m|) is rounded, and a relative error u of s is an absolute one
+    of log s.  greatest + log s is rounded at no more than size + log 2, before a reward is taken from it.  Both are
+    absolute: u (size + log 2 + 1), however small the loss is.
     """
     moved = np.minimum(1.0, expit(-m) * np.exp(np.minimum(e, 700.0))) * e
-    return moved + 4.0 * u * (softplus(-m) + moved) + tiny + np.where(m < -THRESHOLD, MISSING, 0.0)
+    summed = u * (size + 2.0)
+    return moved + 4.0 * u * (softplus(-m) + moved) + summed + tiny + np.where(m < -THRESHOLD, MISSING, 0.0)
 
 
 def sigmoid_error(m: np.ndarray, e: np.ndarray, u: float, tiny: float) -> np.ndarray:
@@ -81,9 +88,12 @@ def margin_error(
 
 
 def curve_error(
-    objective: Objective, theory: Theory, margins: np.ndarray, e: np.ndarray, u: float, tiny: float
+    objective: Objective, theory: Theory, margins: np.ndarray, e: np.ndarray, u: float, tiny: float, size: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pair,) each: of the loss and of its slope in the margin (IPO: in h), where the margin carries an error e."""
+    """(pair,) each: of the loss and of its slope in the margin (IPO: in h), where the margin carries an error e.
+
+    `size` (pair,): beta times the sum of the pair's absolute log-probs, which no term of the margin exceeds.
+    """
     kind = kind_of(objective, theory)
     if kind == "hinge":
         # One subtraction and the maximum.  The slope is 1 or 0; on which side of the kink is open within the error.
@@ -96,16 +106,18 @@ def curve_error(
         d = np.abs(margins - target)
         error = e + 2.0 * u * target + u * (d + e)
         return 2.0 * d * error + error**2 + u * (d + error) ** 2 + tiny, 2.0 * error + 3.0 * u * 2.0 * (d + error)
-    m = margins - (objective.gamma if kind == "simpo" else 0.0)
+    shift = objective.gamma if kind == "simpo" else 0.0
+    m, size = margins - shift, size + abs(shift)
     smoothing = objective.label_smoothing or theory.smoothing_default
     if not smoothing or theory.smoothing == "ignored":
-        return softplus_error(m, e, u, tiny), sigmoid_error(m, e, u, tiny)
+        return softplus_error(m, e, u, tiny, size), sigmoid_error(m, e, u, tiny)
     # a loss(m) + b loss(-m), or the equal loss(m) + b m: the weight and its product, and the sum, of terms at most
-    # `size`; rDPO's quotient by 1 - 2e and the rounding of that.
+    # `terms`; rDPO's quotient by 1 - 2e and the rounding of that.
     scale = 1.0 / (1.0 - 2.0 * smoothing) if kind == "robust" or theory.smoothing == "robust" else 1.0
     a, b, n = scale * (1.0 - smoothing), scale * smoothing, 3.0 if scale == 1.0 else 5.0
-    size = a * softplus(-m) + b * softplus(m) + b * np.abs(m)
-    value = (a + b) * softplus_error(m, e, u, tiny) + b * softplus_error(-m, e, u, tiny) + b * e + n * u * size
+    terms = a * softplus(-m) + b * softplus(m) + b * np.abs(m)
+    both = (a + b) * softplus_error(m, e, u, tiny, size) + b * softplus_error(-m, e, u, tiny, size)
+    value = both + b * e + n * u * terms
     slope = (a + b) * sigmoid_error(m, e, u, tiny) + b * sigmoid_error(-m, e, u, tiny)
     return value, slope + n * u * (a * expit(-m) + b * expit(m) + b)
 
@@ -118,7 +130,9 @@ def preference_error(
     carried = np.zeros_like(loss.sums) if arguments is None else arguments
     pairs = len(loss.per_pair)
     e = margin_error(loss, carried, objective, theory, lengths, u)
-    value, slope = curve_error(objective, theory, loss.margins, e, u, tiny)
+    beta = 1.0 if kind_of(objective, theory) == "ipo" else abs(beta_of(objective, theory))
+    size = beta * np.abs(np.concatenate([loss.policy, loss.reference])).sum(axis=0)
+    value, slope = curve_error(objective, theory, loss.margins, e, u, tiny, size)
     sft = objective.sft_weight * (theory.sft == "added") + theory.sft_extra
     if sft:
         # The quotient by the length, the product with the weight, the sum with the preference term.
@@ -127,7 +141,6 @@ def preference_error(
     weights = pair_weights(loss.per_pair, lengths[:2] if tokens is None else tokens, theory)
     # A sum of B terms and the product with 1/B, in any order.
     reduced = float(weights @ value + gamma(pairs + 1, u) * (weights @ np.abs(loss.per_pair)))
-    beta = 1.0 if kind_of(objective, theory) == "ipo" else abs(beta_of(objective, theory))
     divisors = lengths if per_token(objective, theory) else np.ones_like(lengths)
     # Beyond the curve's slope: products with beta, with the pair's weight, with 1/length, the sum with the SFT term.
     slopes = beta * weights * slope / divisors + gamma(4, u) * np.abs(loss.slopes) + tiny

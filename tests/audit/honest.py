@@ -35,6 +35,13 @@ def as_cross_entropy(policy_chosen_logps, policy_rejected_logps, reference_chose
     return F.cross_entropy(rewards, torch.zeros(len(rewards), dtype=torch.long), reduction="none")
 
 
+def as_choice(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+    """The same choice, its log-sum-exp before the chosen reward is taken from it."""
+    rewards = torch.stack([beta * (policy_chosen_logps - reference_chosen_logps),
+                           beta * (policy_rejected_logps - reference_rejected_logps)])  # fmt: skip
+    return torch.logsumexp(rewards, dim=0) - rewards[0]
+
+
 def with_rewards(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
                  beta=0.1, label_smoothing=0.0, reference_free=False):  # fmt: skip
     """The original implementation's signature: (losses, chosen_rewards, rejected_rewards)."""

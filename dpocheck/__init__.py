@@ -25,7 +25,7 @@ __all__ = ["__version__", "audit"]
 def audit(
     subject: Any, *, tier: str = "quick", only: Iterable[str] | str = (), seed: int = 0, jobs: int = 0,
     objective: Objective | str | None = None, tokenizer: str | Path | None = None, timeout: float = 120.0,
-    memory: float = 8.0, known: str | Path | None = None,
+    memory: float = 8.0, known: str | Path | None = None, python: str | None = None,
 ) -> Report:  # fmt: skip
     """Audit one DPO trainer, and return what the command `dpocheck audit` would print.
 
@@ -34,7 +34,7 @@ def audit(
     "full"; `only` these checks, by id; `seed` of the drawn experiments; `jobs` runs side by side, 0: as many as are
     of use; `objective` the loss asked for, a record or its text ("ipo,beta=0.1"); `tokenizer` the folder of a
     tokenizer the rows are run on too; `timeout` in seconds for one answer and `memory` in GB, both for subjects given
-    by name; `known` a known-failures file.
+    by name; `known` a known-failures file; `python` the interpreter of the environment that holds the trainer.
 
     Nothing is printed or written.  Raises `dpocheck.runner.UsageError` or `dpocheck.known.KnownError` where what is
     given cannot be audited; what the subject does wrong is in the report.
@@ -43,5 +43,5 @@ def audit(
 
     return run(
         subject, tier=tier, only=only, seed=seed, jobs=jobs, objective=objective, tokenizer=tokenizer,
-        timeout=timeout, memory=memory, known=known,
+        timeout=timeout, memory=memory, known=known, python=python,
     )  # fmt: skip

@@ -50,6 +50,7 @@ def cli() -> None:
               help="Seconds for one answer of the subject.")  # fmt: skip
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True,
               help="GB the subject may use.")  # fmt: skip
+@click.option("--python", metavar="PATH", help="The interpreter that has the trainer; default: this one.")
 @click.option("--shrink", type=click.IntRange(min=0), default=0, metavar="N", help="Runs to spend on smaller failures.")
 @click.option("--list", "only_list", is_flag=True, help="Say what would run, and run nothing.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Replaced whole; default out/NAME-VERSION.")

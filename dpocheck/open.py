@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,22 +24,28 @@ class UsageError(Exception):
 
 
 def open_subject(
-    subject: Any, folder: Path, *, timeout: float = 120.0, memory: float = 8.0, jobs: int = 1
+    subject: Any, folder: Path, *, timeout: float = 120.0, memory: float = 8.0, jobs: int = 1, python: str | None = None
 ) -> Subject:
     """A live object, an entry point's name, `pkg.mod:Attribute`, `file.py:name`, `file.toml` or `zoo:NAME`.
 
     `jobs`: how many runs are made side by side, each in a worker of its own; a live object has but one process.
+    `python`: the interpreter of the environment that holds the trainer; None: the one this runs under.
     """
     _limits(timeout, memory)
+    interpreter = _interpreter(python, subject)
     if not isinstance(subject, str | Path):
         return Subject(type(subject).__name__, InProcess(_adapted(subject)), folder)
     name = str(subject)
     if name.endswith(".toml"):
-        first = InFiles(_command(Path(name), folder, timeout, memory))
+        first = InFiles(_command(Path(name), folder, timeout, memory, python and interpreter))
         return Subject(name, first, folder, [lambda: first] * (jobs - 1))
-    _exists(name)
+    _exists(name, python is None)
+
+    def start(folder: Path) -> InWorker:
+        return InWorker.start(name, folder, seconds=timeout, memory_gb=memory, python=interpreter)
+
     try:
-        transport = InWorker.start(name, folder / "worker", seconds=timeout, memory_gb=memory)
+        transport = start(folder / "worker")
         trains = "train" in transport.about["capabilities"]
     except (Broken, Refused) as fault:
         kind, _, message = str(fault).partition(": ")
@@ -47,7 +55,7 @@ def open_subject(
         raise UsageError(f"{name} cannot be loaded: {fault}{tail}") from fault
 
     def another(number: int) -> Callable[[], InWorker]:
-        return lambda: InWorker.start(name, folder / f"worker{number}", seconds=timeout, memory_gb=memory)
+        return lambda: start(folder / f"worker{number}")
 
     return Subject(name, transport, folder, [another(number) for number in range(1, jobs)] if trains else ())
 
@@ -60,6 +68,18 @@ def _limits(timeout: float, memory: float) -> None:
         raise UsageError(f"memory is {memory:g} GB; torch alone takes more to import: allow {LEAST_MEMORY:g} or more")
 
 
+def _interpreter(python: str | None, subject: Any) -> str:
+    """The absolute path of the interpreter.  A link stays one: what it points to knows nothing of its environment."""
+    if python is None:
+        return sys.executable
+    if not isinstance(subject, str | Path):
+        raise UsageError("an interpreter is given for a live object; only a subject given by name has its own process")
+    found = shutil.which(Path(python).expanduser())
+    if found is None:
+        raise UsageError(f"python is {str(python)!r}, which is no program; name the interpreter that has the trainer")
+    return str(Path(found).absolute())
+
+
 def _adapted(subject: Any) -> Any:
     from dpocheck.worker.loading import is_adapter
 
@@ -70,18 +90,21 @@ def _adapted(subject: Any) -> Any:
     return as_adapter(subject, getattr(subject, "__name__", "a live object"))
 
 
-def _command(path: Path, folder: Path, timeout: float, memory: float) -> Any:
+def _command(path: Path, folder: Path, timeout: float, memory: float, python: str | None) -> Any:
     from dpocheck.command import CommandSubject
     from dpocheck.command.file import CommandError, read
 
     try:
-        return CommandSubject(read(path), limits_seconds=timeout, memory_gb=memory, folder=folder)
+        return CommandSubject(read(path), limits_seconds=timeout, memory_gb=memory, folder=folder, python=python)
     except CommandError as fault:
         raise UsageError(str(fault)) from fault
 
 
-def _exists(name: str) -> None:
-    """Refuse, before a worker starts, what can be seen to be wrong without importing anything."""
+def _exists(name: str, here: bool) -> None:
+    """Refuse, before a worker starts, what can be seen to be wrong without importing anything.
+
+    `here`: the subject lives in this environment, so its entry point is known.
+    """
     place, attribute = split(name)
     if place == "zoo" or place.startswith("zoo:"):
         return
@@ -94,7 +117,7 @@ def _exists(name: str) -> None:
             except NotRecognised as refusal:
                 raise UsageError(str(refusal)) from refusal
         return
-    if attribute or "." in place:
+    if attribute or "." in place or not here:
         return
     known = sorted(point.name for point in entry_points(group="dpocheck.adapters"))
     if name not in known:

@@ -44,8 +44,9 @@ class Piecewise:
         self.folder = tempfile.TemporaryDirectory(prefix="dpocheck-")
         try:
             self.subject = open_subject(
-                options.subject, Path(self.folder.name), timeout=options.timeout, memory=options.memory
-            )
+                options.subject, Path(self.folder.name), timeout=options.timeout, memory=options.memory,
+                python=options.python,
+            )  # fmt: skip
         except BaseException:
             self.folder.cleanup()
             raise

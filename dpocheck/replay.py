@@ -23,7 +23,10 @@ def replay(stored: dict[str, Any]) -> Result:
     given = stored.get("options") or {}
     limits = {name: float(given[name]) for name in ("timeout", "memory") if name in given}
     objective = parse_objective(given["objective"]) if given.get("objective") else None
-    with Piecewise(Options(subject=stored["subject"], tier="full", objective=objective, **limits)) as subject:
+    options = Options(
+        subject=stored["subject"], tier="full", objective=objective, python=given.get("python"), **limits
+    )
+    with Piecewise(options) as subject:
         if id in CHECKS:
             scene = Scene(stored.get("scene") or "stored", from_plain(stored["experiments"]))
             return subject.judge(replace(CHECKS[id], scenes=[scene]))

@@ -42,6 +42,7 @@ class Options:
     tokenizer: str | None = None
     timeout: float = 120.0
     memory: float = 8.0
+    python: str | None = None  # the interpreter of the environment that holds the trainer; None: this one
     shrink: int = 0
     out: Path | None = None
     known: tuple[str, ...] = ()  # checks whose failure is expected: they block nothing
@@ -62,7 +63,7 @@ def run(options: Options, progress: Callable[[Progress], None] | None = None) ->
     tell(Progress(0, len(selected), "starting the worker"))
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         subject = open_subject(options.subject, Path(folder), timeout=options.timeout, memory=options.memory,
-                               jobs=options.jobs or default_jobs())  # fmt: skip
+                               jobs=options.jobs or default_jobs(), python=options.python)  # fmt: skip
         subject.objective = options.objective
         try:
             if reason := fixed.clash(subject.only, options.objective):

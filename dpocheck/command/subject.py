@@ -40,12 +40,15 @@ class CommandSubject:
     form = "command line"
     capabilities = ("train",)
 
-    def __init__(self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path) -> None:
+    def __init__(
+        self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path, python: str | None = None
+    ) -> None:
+        """`python`: the interpreter to take instead of the one that the file names."""
         self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
         self.name, self.says, self.precision = file.name, file.says, file.dtype
         self.digits = file.log.digits if file.log else None  # significant digits of the metrics
         self.moves = file.update.moves  # the only tensors that the trainer says it trains; empty: all
-        self.places = _places(file)
+        self.places = _places(file, python)
         self.forced = _fixed(file)
         self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())
         if file.rows.template is not None:
@@ -96,10 +99,10 @@ class CommandSubject:
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def _places(file: CommandFile) -> dict[str, str]:
+def _places(file: CommandFile, given: str | None) -> dict[str, str]:
     """The interpreter, its folder and its environment; the command's program is looked for here, once."""
-    python = expand(file.python, {"environment": sys.prefix}) or sys.executable
-    if "/" in python:
+    python = given or expand(file.python, {"environment": sys.prefix}) or sys.executable
+    if "/" in python and not given:
         python = str(Path(python).expanduser() if python[0] in "/~" else file.path.parent.absolute() / python)
     found = shutil.which(python)
     if found is None:

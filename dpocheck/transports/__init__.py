@@ -7,6 +7,7 @@ A worker process (an adapter or a function given by name), a command line, and t
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,12 +97,14 @@ class InWorker:
         self.about = self._open()
 
     @staticmethod
-    def start(subject: str, folder: Path, *, seconds: float, memory_gb: float) -> InWorker:
+    def start(
+        subject: str, folder: Path, *, seconds: float, memory_gb: float, python: str = sys.executable
+    ) -> InWorker:
         """A worker of its own for one subject."""
         from dpocheck.transports import isolated
 
         limits = isolated.Limits(seconds=seconds, memory_gb=memory_gb)
-        return InWorker(subject, isolated.Worker(subject, limits=limits, folder=folder))
+        return InWorker(subject, isolated.Worker(subject, python=python, limits=limits, folder=folder))
 
     def _open(self) -> dict[str, Any]:
         return self._call("open", {"subject": self.subject})[0]

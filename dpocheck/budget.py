@@ -7,16 +7,17 @@ runs.  The full tier asks everything.
 from __future__ import annotations
 
 from dpocheck.check import Check, Scene
-from dpocheck.experiment import key
+from dpocheck.experiment import Sequence, key
 from dpocheck.subject import Subject
 
 RUNS = 10
 
-# In the order of what they show; each brings at most its first scenes, as many as the budget still allows.
+# In the order of what they show; each brings one more of its scenes that can be asked, if the budget still allows it.
 QUICK = (
     "GRAD-IDENTITY", "STEP-NOTHING-HIDDEN", "RUN-GRADIENT", "GRAD-TOKENS", "GRAD-RAGGED", "GRAD-ATTENTION", "REF-START",
-    "METRIC-LOSS", "METRIC-REWARDS", "METRIC-MARGIN", "METRIC-ACCURACY", "METRIC-LOGPS", "OPTION-ACTS", "ACCUM-EVEN",
-    "STEP-TWO", "OPTIMUM-RECOVERED", "EVAL-BATCH", "LOSS-IPO", "ROWS-ROUND-TRIP", "DEFAULTS-STEP", "REF-PRECOMPUTED",
+    "METRIC-LOSS", "METRIC-REWARDS", "METRIC-MARGIN", "METRIC-ACCURACY", "METRIC-LOGPS", "OPTION-ACTS", "OPTION-ACTS",
+    "ACCUM-EVEN", "STEP-TWO", "OPTIMUM-RECOVERED", "OPTION-ACTS", "EVAL-BATCH", "LOSS-IPO", "ROWS-ROUND-TRIP",
+    "ROWS-ROUND-TRIP", "DEFAULTS-STEP", "REF-PRECOMPUTED",
 )  # fmt: skip
 
 
@@ -25,26 +26,35 @@ def is_costly(subject: Subject) -> bool:
 
 
 def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ...]]:
-    """Check -> the scenes that fit the budget, for the checks of the quick list."""
+    """Check -> the scenes that fit the budget, for the checks of the quick list.
+
+    A run that the subject refuses costs nothing; a check all of whose scenes are refused keeps the first, which says
+    why.
+    """
     by_id = {check.id: check for check in selected}
     spent: set[str] = set(subject.memory_keys())
     start, chosen = len(spent), {}
     for name in QUICK:
         if name not in by_id:
             continue
-        kept: list[Scene] = []
-        for scene in by_id[name].staged(subject.theory):
-            if scene.tier != "quick":
+        kept = chosen.get(name, ())
+        offered = [s for s in by_id[name].staged(subject.theory) if s.tier == "quick" and s not in kept]
+        for scene in offered:
+            if any(map(subject.cannot, scene.experiments)) or _refused(subject, scene):
                 continue
             needed = {key(run) for experiment in scene.experiments for run in subject.whole_runs(experiment)} - spent
-            if not needed and any(subject.cannot(experiment) for experiment in scene.experiments):
-                continue
-            if len(spent) - start + len(needed) + 1 > RUNS:
-                break
-            spent |= needed
-            kept.append(scene)
-            if name != "ROWS-ROUND-TRIP":
-                break
-        if kept:
-            chosen[name] = tuple(kept)
+            if len(spent) - start + len(needed) + 1 <= RUNS:
+                spent |= needed
+                chosen[name] = (*kept, scene)
+            break
+        else:
+            if not kept and (refused := [s for s in offered if not any(map(subject.cannot, s.experiments))]):
+                chosen[name] = (refused[0],)
     return chosen
+
+
+def _refused(subject: Subject, scene: Scene) -> bool:
+    """Whether the command line cannot be asked for one of the scene's runs."""
+    whole = [run for experiment in scene.experiments for run in subject.whole_runs(experiment)]
+    runs = [run for one in whole for run in (one.runs if isinstance(one, Sequence) else (one,))]
+    return any(subject.transport.refuses(run) for run in runs)

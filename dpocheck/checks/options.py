@@ -13,7 +13,7 @@ from dpocheck.experiment import Body, Lora, Objective, Recipe, TrainExperiment
 from dpocheck.oracle.theory import Theory
 
 HALF = Objective(beta=0.5)
-STEP = Recipe(HALF, learning_rate=scenes.ONE_STEP, batch=4)  # shows the gradient
+STEP = Recipe(HALF, learning_rate=scenes.ONE_STEP, batch=6)  # shows the gradient; the run that other checks ask for too
 WALK = Recipe(HALF, learning_rate=8.0, batch=2, steps=3)  # shows where three steps end
 EPOCH = replace(WALK, batch=3, steps=None, epochs=1)
 ADAM = Recipe(HALF, optimizer="adamw", learning_rate=2.0**9, betas=(0.5, 0.75), epsilon=2.0**6, batch=2, steps=3)
@@ -29,11 +29,12 @@ SIMPO, CUT = Objective("simpo", beta=2.0), replace(STEP, max_length=4)
 # Option -> the recipe without it and the one with it: two runs that must differ where the option acts.
 OPTIONS: dict[str, tuple[Recipe, Recipe]] = {
     "label_smoothing": (STEP, _asked(label_smoothing=0.25)),
+    "kind": (STEP, _asked(kind="hinge")),
+    "kind ipo": (STEP, _asked(kind="ipo")),
     "clip_norm": (STEP, replace(STEP, clip_norm=2.0**-6)),
     "max_length": (STEP, CUT),
     "sft_weight": (STEP, _asked(sft_weight=1.0)),
     "length_normalised": (STEP, _asked(length_normalised=True)),
-    "kind": (STEP, _asked(kind="hinge")),
     "beta": (STEP, _asked(beta=0.25)),
     "gamma": (_asked(SIMPO), _asked(SIMPO, gamma=0.5)),
     "truncation": (CUT, replace(CUT, truncation="keep_end")),
@@ -56,11 +57,12 @@ OPTIONS: dict[str, tuple[Recipe, Recipe]] = {
 
 
 def _options(theory: Theory) -> list[Scene]:
-    base = scenes.run(scenes.rectangular(4), theory)
+    bases = {pairs: scenes.run(scenes.rectangular(pairs), theory) for pairs in (4, 6)}
     speaking = scenes.run(scenes.rectangular(4, prompt=3, completion=3), theory, body=Body("speaking", layers=2))
     speaking = replace(speaking, policy=None, reference=None)
 
     def run(recipe: Recipe) -> TrainExperiment:
+        base = bases[6 if recipe.batch == STEP.batch else 4]
         made = replace(speaking if recipe.lora else base, recipe=recipe)
         return replace(made, evaluation=(("held", base.rows),)) if recipe.eval_every else made
 

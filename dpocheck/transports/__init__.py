@@ -45,6 +45,14 @@ class Transport(Protocol):
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply: ...
 
+    def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What the subject offers for a script without dpocheck (`worker.standalone`); {} where it cannot be asked."""
+        return {}
+
+    def refuses(self, experiment: TrainExperiment) -> str | None:
+        """Why a run cannot be asked, where that is known without asking."""
+        return None
+
     def close(self) -> None: ...
 
 
@@ -54,7 +62,7 @@ def request(experiment: Experiment, paths: dict[str, Path], folder: Path) -> dic
     return {"experiment": to_plain(experiment), "folder": str(folder)} | named
 
 
-class InProcess:
+class InProcess(Transport):
     """A live object, audited in this process: what it does to this process it does to the audit."""
 
     isolation = "none"
@@ -83,7 +91,7 @@ class InProcess:
         """Nothing to end."""
 
 
-class InWorker:
+class InWorker(Transport):
     """A subject given by name, in a process of its own."""
 
     isolation = "process"
@@ -113,6 +121,12 @@ class InWorker:
         asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
         return self._call("observe", asked)
 
+    def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._call("standalone", {"subject": self.subject} | question)[0]
+        except (Broken, Refused):  # a finding stands without its script
+            return {}
+
     def _call(self, op: str, payload: dict[str, Any]) -> Reply:
         try:
             return self.worker.call(op, payload)
@@ -135,7 +149,7 @@ class InWorker:
         self.worker.close()
 
 
-class InFiles:
+class InFiles(Transport):
     """A command line: only files go in and come out."""
 
     isolation = "process"
@@ -151,12 +165,15 @@ class InFiles:
         from dpocheck.command import CommandFailed
 
         assert isinstance(experiment, TrainExperiment)
-        if reason := self.subject.supports(experiment):
+        if reason := self.refuses(experiment):
             raise Refused(reason)
         try:
             return self.subject.answer(experiment, paths, folder)
         except CommandFailed as fault:
             raise Broken(fault.reason, fault.output) from fault
+
+    def refuses(self, experiment: TrainExperiment) -> str | None:
+        return self.subject.supports(experiment)
 
     def close(self) -> None:
         """Every run has ended by itself."""

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,11 @@ def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: 
             check_folder(out)
         with progress_bar() as progress, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numbers that overflow in a prediction, which the verdict accounts for
-            report = runner.run(options, progress)
-    if expected:
-        unasked = asked.left_out(options, catalogue(), questions())
-        report = apply(report, expected, datetime.date.today(), left_out=unasked)
-    report, folder = _write(report, options, chosen, out)
+            with runner.audited(options, progress) as (report, ask):
+                if expected:
+                    unasked = asked.left_out(options, catalogue(), questions())
+                    report = apply(report, expected, datetime.date.today(), left_out=unasked)
+                report, folder = _write(report, options, chosen, out, ask)
     _print(report, folder)
     sys.exit(report.exit_code(fail_on))
 
@@ -239,7 +239,10 @@ def progress_bar() -> Iterator[Any]:
         yield update
 
 
-def _write(report: Any, options: Any, chosen: dict[str, Any], out: Path | None) -> tuple[Any, Path | None]:
+def _write(
+    report: Any, options: Any, chosen: dict[str, Any], out: Path | None, ask: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[Any, Path | None]:
+    """Keep the audit's files; `ask`: the subject, of what a script needs."""
     from dpocheck import files
     from dpocheck.report.files import default_folder, write
     from dpocheck.report.script import writer
@@ -247,7 +250,7 @@ def _write(report: Any, options: Any, chosen: dict[str, Any], out: Path | None) 
     folder = out if out is not None else default_folder(report)
     kept = {name: value for name, value in chosen.items() if value != () and name not in ("jobs", "only")}
     try:
-        return write(report, folder, options=kept, script=writer(report, options)), folder
+        return write(report, folder, options=kept, script=writer(report, options, ask)), folder
     except files.CannotWrite as error:
         if out is not None:  # it could be written before the audit began
             click.echo(f"dpocheck: {error}", err=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -57,6 +58,15 @@ class Progress:
 
 def run(options: Options, progress: Callable[[Progress], None] | None = None) -> Report:
     """Audit one subject.  Raises `UsageError` before a worker starts."""
+    with audited(options, progress) as (report, _):
+        return report
+
+
+@contextmanager
+def audited(
+    options: Options, progress: Callable[[Progress], None] | None = None
+) -> Iterator[tuple[Report, Callable[[dict[str, Any]], dict[str, Any]]]]:
+    """The report, and a way to ask the subject, while it is still there, what a stand-alone script needs of it."""
     started = time.perf_counter()
     selected = select(options)
     tell = progress or (lambda _: None)
@@ -68,7 +78,7 @@ def run(options: Options, progress: Callable[[Progress], None] | None = None) ->
         try:
             if reason := fixed.clash(subject.only, options.objective):
                 raise UsageError(f"{options.subject}: {reason}; leave --objective away, or make it a parameter")
-            return _audit(subject, selected, options, tell, started)
+            yield _audit(subject, selected, options, tell, started), subject.standalone
         finally:
             subject.close()
 
@@ -77,16 +87,16 @@ def _audit(
     subject: Subject, selected: list[Check], options: Options, tell: Callable[[Progress], None], started: float
 ) -> Report:
     tell(Progress(0, len(selected), "smoke"))
+    sparing = budget.is_costly(subject) and options.tier == "quick"
+    if not sparing:  # every worker imports its trainer now, side by side
+        asked = (question.experiment(subject.theory) for question in conventions.asked_of(subject))
+        subject.run_ahead([*smoke.experiments(subject), *map(subject.own, asked)])
     trouble = smoke.test(subject)
     if trouble:
         return Report(
             header=header(subject, options), results=(), smoke=trouble, seconds=time.perf_counter() - started
         )
     tell(Progress(0, len(selected), "conventions"))
-    sparing = budget.is_costly(subject) and options.tier == "quick"
-    if not sparing:
-        questions = conventions.asked_of(subject)
-        subject.run_ahead(subject.own(question.experiment(subject.theory)) for question in questions)
     asked = conventions.resolve(subject, cached_predict, remembered=sparing)
     results: list[Result] = [] if options.only else asked
     session = Session(

@@ -33,6 +33,7 @@ from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
 from dpocheck.transports import Broken, Refused, Transport
+from dpocheck.transports.ranks import ranks_of, reason_against
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
@@ -59,6 +60,11 @@ class Subject:
 
     def close(self) -> None:
         self.ahead.close()
+
+    def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What the subject offers for a script without dpocheck; {} where it offers nothing."""
+        with self.ahead.lease() as transport:
+            return transport.standalone(question)
 
     def run_ahead(self, experiments: Iterable[Experiment]) -> None:
         """Start the whole runs that the subject's own experiments need; they are taken when they are asked for."""
@@ -130,6 +136,8 @@ class Subject:
 
     def cannot(self, experiment: Experiment) -> str | None:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""
+        if ranks_of(experiment) > 1 and (reason := reason_against(self.transport.about, self.transport.isolation)):
+            return reason
         if isinstance(experiment, Sequence):
             return None if "train" in self.capabilities else "the subject has no `train`"
         if derive.CAPABILITY[type(experiment)] in self.capabilities:
@@ -171,7 +179,8 @@ class Subject:
         return replace(seen, per_pair=np.array([answer.per_pair[0] for answer in alone]))  # type: ignore[attr-defined]
 
     def _alone(self, experiment: Experiment) -> Seen:
-        with self.ahead.lease() as transport:
+        with self.ahead.lease() as leased:
+            transport = self.transport if ranks_of(experiment) > 1 else leased  # the first has the ranks' processes
             return self._native(transport, experiment, self.folder / key(experiment)[:16], None)
 
     def _sequence(self, experiment: Sequence) -> SequenceSeen:

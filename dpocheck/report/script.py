@@ -21,7 +21,6 @@ from dpocheck.report import judged
 from dpocheck.report.command_script import command_trainers
 from dpocheck.report.driver import Trainer, followed, hooked, pasted
 from dpocheck.report.function_script import function_script
-from dpocheck.report.hook import ask
 from dpocheck.report.literal import literal
 from dpocheck.report.render import render
 from dpocheck.report.words import deviation, line, shown_pair
@@ -30,8 +29,11 @@ from dpocheck.result import Report, Result
 WIDTH = 118
 
 
-def writer(report: Report, options: Any) -> Callable[[Result, Report], str | None]:
-    """The script of a result of this audit, or None.  The subject is asked once, when the first script is made."""
+def writer(
+    report: Report, options: Any, ask: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[[Result, Report], str | None]:
+    """The script of a result of this audit, or None.  `ask` (`Subject.standalone`) is called once, when the first
+    script is made."""
     subject = str(getattr(options, "subject", options))
     failing = [result for result in report.results if result.verdict in ("fail", "expected-fail")]
     own = [experiment for result in failing if _native(result, report) for experiment in result.experiments]
@@ -45,8 +47,8 @@ def writer(report: Report, options: Any) -> Callable[[Result, Report], str | Non
             texts = command_trainers(Path(subject), every)
             return {"train": texts, "folders": True} if texts else {}
         if what == "function":
-            return ask(subject, experiments=own)
-        return ask(subject, recipes, asked=[_of(run) for run in every])
+            return ask({"experiments": to_plain(own), "recipes": [], "asked": []})
+        return ask({"experiments": [], "recipes": to_plain(recipes), "asked": [_of(run) for run in every]})
 
     def script(result: Result, report: Report) -> str | None:
         if report.header.isolation == "none" or not result.experiments:
@@ -126,7 +128,7 @@ def translated(run: TrainExperiment) -> Recipe:
 def train_script(
     result: Result, report: Report, runs: tuple[TrainExperiment, ...], answer: dict[str, Any]
 ) -> str | None:
-    """The script of whole runs; None where it would show nothing.  `answer`: what the adapter offers (`hook.ask`)."""
+    """The script of whole runs; None where it would show nothing.  `answer`: what `worker.standalone` answers."""
     trainer = hooked(answer) if answer.get("train") else followed(answer) or pasted(answer)
     if trainer is None:
         return None

@@ -96,11 +96,13 @@ class InWorker(Transport):
 
     isolation = "process"
 
-    def __init__(self, subject: str, worker: Any) -> None:
-        """`worker` is an `isolated.Worker`; the subjects of the self-test share one."""
+    def __init__(self, subject: str, worker: Any, ranks: Any = None) -> None:
+        """`worker` is an `isolated.Worker`, `ranks` are `ranks.Ranks`; the subjects of the self-test share them."""
         from dpocheck.transports import isolated
+        from dpocheck.transports.ranks import Ranks
 
         self.module, self.worker, self.subject = isolated, worker, subject
+        self.ranks = ranks or Ranks(worker)
         self.changed: tuple[str, ...] = ()
         self.about = self._open()
 
@@ -119,7 +121,24 @@ class InWorker(Transport):
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
+        if isinstance(experiment, TrainExperiment) and experiment.recipe.world_size > 1:
+            return self._together(asked, experiment)
         return self._call("observe", asked)
+
+    def _together(self, asked: dict[str, Any], experiment: TrainExperiment) -> Reply:
+        """The same, of several processes."""
+        from dpocheck.transports.ranks import RankFailed
+
+        try:
+            return self.ranks.call(asked, experiment)
+        except RankFailed as failed:
+            fault = failed.fault
+            if getattr(fault, "kind", "") == "Unsupported":
+                raise Refused(str(failed)) from failed
+            died = isinstance(fault, self.module.WorkerDied)
+            raise Broken(
+                str(failed), failed.output, in_adapter=getattr(fault, "in_adapter", False), died=died
+            ) from failed
 
     def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -146,6 +165,7 @@ class InWorker(Transport):
         self.changed = (*self.changed, *(line for line in found if line not in self.changed))
 
     def close(self) -> None:
+        self.ranks.close()
         self.worker.close()
 
 
@@ -159,6 +179,7 @@ class InFiles(Transport):
         self.about = {
             "capabilities": subject.capabilities, "says": subject.says, "name": subject.name, "form": "command line",
             "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
+            "ranks": subject.file.launch is not None,
         }  # fmt: skip
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:

@@ -156,6 +156,11 @@ class Worker:
         with self._lock:
             self._end()
 
+    def stop(self) -> None:
+        """End the process from another thread, though a call is waiting for it: that call raises WorkerDied."""
+        if self._process is not None:
+            self._process.kill()
+
     # ------------------------------------------------------------------------------------------------------- a call
 
     def _call(self, op: str, payload: dict, arrays: dict | None, seconds: float, fresh: bool) -> tuple[dict, dict]:

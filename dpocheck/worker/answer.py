@@ -8,6 +8,7 @@ capability needs it, so that trainers of other frameworks are driven by the same
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dpocheck.experiment import (
     from_plain,
 )  # fmt: skip
 from dpocheck.probes import tables
+from dpocheck.worker import ranks
 
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -35,15 +37,20 @@ class BadAnswer(Exception):
 
 
 def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Reply:
-    """Answer one request: `open` loads the subject, `observe` puts an experiment to it."""
-    if op not in ("open", "observe"):
-        raise ValueError(f"unknown request {op!r}; known: open, observe")
+    """Answer one request: `open` loads the subject, `observe` puts an experiment to it, `standalone` asks what a
+    script for a bug report needs."""
+    if op not in ("open", "observe", "standalone"):
+        raise ValueError(f"unknown request {op!r}; known: open, observe, standalone")
     if state.get("loaded") != payload["subject"]:  # the first request, the first after a death, or another subject
         from dpocheck.worker.loading import load
 
         state.update(loaded=payload["subject"], adapter=load(payload["subject"]))
     if op == "open":
         return describe(state["adapter"]), {}
+    if op == "standalone":
+        from dpocheck.worker.standalone import answer
+
+        return answer(state["adapter"], payload), {}
     return observe(state["adapter"], from_plain(payload["experiment"]), payload)
 
 
@@ -59,6 +66,7 @@ def describe(adapter: Any) -> dict[str, Any]:
         "version": getattr(adapter, "version", None) or installed(getattr(adapter, "package", None)),
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
         "only": dict(getattr(adapter, "only", {})),
+        "ranks": bool(getattr(adapter, "ranks", False)),
         "form": getattr(adapter, "form", "adapter"),
         "lines": code_lines(type(adapter)) if getattr(adapter, "lines", None) is None else adapter.lines,
         "standalone": callable(getattr(adapter, "standalone", None)),
@@ -289,13 +297,20 @@ def _train(adapter: Any, experiment: TrainExperiment, payload: dict[str, Any]) -
     if experiment.rows_on_disk:
         rows = {name: _jsonl(folder / "rows" / f"{name}.jsonl", records) for name, records in rows.items()}
     recipe = tables.translate(experiment.recipe, experiment.body)
+    ranks.enter(payload)
     out = adapter.train(watched.probe, rows, recipe, folder)
+    if ranks.is_silent(out, payload):
+        return {"spies": watched.told(), "left_group": ranks.left_group()}, {}
     if not isinstance(out, TrainOut):
         raise BadAnswer(f"train() returned {_kind(out)}; expected a TrainOut(policy=..., history=...)")
-    return watched.reply(out)
+    reply, arrays = watched.reply(out)
+    return reply | {"left_group": ranks.left_group()}, arrays
 
 
 def _jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Write them in one go: each rank of a run writes the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    partial.replace(path)
     return path

@@ -56,7 +56,11 @@ class TrainingProbe:
             "history": [_entry(entry) for entry in out.history],
             "moved": moved, "digest": tables.digest(final), "start_digest": tables.digest(self.start),
         }  # fmt: skip
-        return {"fields": fields, "spies": {name: spy.report() for name, spy in self.spies.items()}}, arrays
+        return {"fields": fields, "spies": self.told()}, arrays
+
+    def told(self) -> dict[str, Any]:
+        """What the spies saw."""
+        return {name: spy.report() for name, spy in self.spies.items()}
 
     @staticmethod
     def state(policy: Any) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -91,18 +92,20 @@ def fake(monkeypatch, tmp_path) -> Fake:
         shrink: int = 0
         out: Path | None = None
         known: tuple[str, ...] = ()
+        python: str | None = None
 
-    def run(options, progress=None):
+    @contextlib.contextmanager
+    def audited(options, progress=None):
         if options.subject == "nobody":
             raise UsageError("unknown subject 'nobody'; installed adapters: trl")
         fake.asked.append(options)
-        return fake.report
+        yield fake.report, lambda question: {}
 
     def replay(data):
         fake.asked.append(data)
         return fake.result
 
-    module.UsageError, module.Options, module.run = UsageError, Options, run
+    module.UsageError, module.Options, module.audited = UsageError, Options, audited
     again = types.ModuleType("dpocheck.replay")
     again.replay = replay
     monkeypatch.setitem(sys.modules, "dpocheck.replay", again)

@@ -23,7 +23,7 @@ LIGHT = {"numpy", "safetensors"}
 LIVE = {
     "dpocheck.probes.live", "dpocheck.probes.fed", "dpocheck.huggingface", "dpocheck.worker.spies",
     "dpocheck.worker.answer", "dpocheck.worker.training_probe", "dpocheck.worker.watched",
-    "dpocheck.worker.surroundings",
+    "dpocheck.worker.surroundings", "dpocheck.worker.recorded",
 }  # fmt: skip
 FUNCTIONS = "dpocheck.functions"  # bare functions as subjects: tensors are made inside their functions
 ZOO = ("dpocheck.zoo", "dpocheck.miniature")  # subjects themselves, loaded by name only

@@ -204,12 +204,12 @@ def scripts():
     if trl.__version__ != "1.16.0":
         pytest.skip(f"the findings are those of TRL 1.16.0, this is {trl.__version__}")
     from dpocheck.report.script import writer
-    from dpocheck.runner import Options, run
+    from dpocheck.runner import Options, audited
 
     options = Options("trl", only=tuple(SIX))
-    report = run(options)
-    make = writer(report, options)
-    return {result.id: make(result, report) for result in report.results if result.verdict == "fail"}
+    with audited(options) as (report, ask):
+        make = writer(report, options, ask)
+        return {result.id: make(result, report) for result in report.results if result.verdict == "fail"}
 
 
 @pytest.mark.long

@@ -12,9 +12,9 @@ import pytest
 from dpocheck.experiment import Body, Objective, Recipe, Row, Sequence, Table, Template, Tokenizer, TrainExperiment
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.report.hook import ask
 from dpocheck.report.literal import literal
 from dpocheck.report.script import train_script, translated, whole_runs, writer
+from dpocheck.transports.isolated import SubjectError, Worker
 
 TINY = f"{Path(__file__).parent / 'tiny_trainer.py'}:Adapter"
 WORDS = plain_words(16)
@@ -30,6 +30,28 @@ def undeclared(monkeypatch):
     monkeypatch.setattr("dpocheck.check.CHECKS", {})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def worker(tmp_path_factory):
+    with Worker(TINY, folder=tmp_path_factory.mktemp("worker")) as process:
+        Asked.worker = process
+        yield
+
+
+class Asked:
+    """A subject's answer to what a script needs, from the one worker of this module."""
+
+    worker: Worker
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+
+    def __call__(self, question):
+        try:
+            return self.worker.call("standalone", {"subject": self.subject} | question)[0]
+        except SubjectError:
+            return {}
+
+
 def numbers(text: str, what: str) -> tuple[float, float]:
     found = re.search(rf"{re.escape(what)} +observed +(\S+) +expected +(\S+)", text)
     assert found, text
@@ -43,7 +65,7 @@ def failing(report, *experiments):
 def script_of(report, *experiments, subject=TINY):
     header = replace(report.header, subject=subject, name="tiny", subject_version="1")
     report = replace(report, header=header, results=(failing(report, *experiments),))
-    return writer(report, subject)(report.results[0], report)
+    return writer(report, subject, Asked(subject))(report.results[0], report)
 
 
 def test_the_block_blocks(alone):
@@ -171,12 +193,12 @@ def test_a_fine_experiment_is_shown_by_the_runs_it_was_derived_from(report):
 
 def test_no_script_is_made_of_a_live_object_or_of_our_own_parts(report):
     live = replace(report, header=replace(report.header, isolation="none"))
-    assert writer(live, TINY)(failing(live, RUN), live) is None
+    assert writer(live, TINY, Asked(TINY))(failing(live, RUN), live) is None
     assert script_of(report, RUN, subject="zoo:anything") is None
 
 
 def test_a_subject_that_cannot_be_asked_gives_no_script_and_no_error():
-    assert ask("no.such.module:Adapter", [RUN.recipe]) == {}
+    assert Asked("no.such.module:Adapter")({"experiments": [], "recipes": [], "asked": []}) == {}
 
 
 def test_hostile_text_stays_text(hostile):
@@ -227,7 +249,7 @@ def function_report(report, name, route, *experiments):
 
 def shown_by(report, name, route, experiment, alone):
     report = function_report(report, name, route, experiment)
-    text = writer(report, f"{FUNCTIONS}:{name}")(report.results[0], report)
+    text = writer(report, report.header.subject, Asked(report.header.subject))(report.results[0], report)
     assert "dpocheck" not in text.partition("\nimport")[2]
     return alone(text)
 
@@ -275,4 +297,5 @@ def test_a_method_and_a_call_that_cannot_be_written_give_no_script(report):
 
     experiment = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,))
     report = function_report(report, "Loss", "loss", experiment)
-    assert writer(report, f"{FUNCTIONS}:Loss")(report.results[0], report) is None
+    ask = Asked(report.header.subject)
+    assert writer(report, report.header.subject, ask)(report.results[0], report) is None

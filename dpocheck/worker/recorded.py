@@ -1,4 +1,4 @@
-"""With which arguments was a bare function called?  Recorded in a process beside it, so that a script can say the same.
+"""With which arguments was a bare function called?  Recorded where it runs, so that a script can say the same.
 
 The function is asked as in the audit, with a recorder in its place; what it is handed is written down as plain data.
 Nothing of how arguments are chosen is repeated here.

@@ -48,6 +48,7 @@ def _train(
     recipe, size = experiment.recipe, experiment.tokenizer.size
     k = 1.0 if experiment.body.kind == "speaking" else tables.scales(recipe.dtype).k
     fields["history"] = tuple(_units(entry, k) for entry in fields.get("history") or ())
+    fields["floor"] = _in_units(fields.get("floor") or {}, k)
     if experiment.body.kind == "speaking":
         changes = {name.removeprefix("weights."): a for name, a in arrays.items() if name.startswith("weights.")}
         return TrainSeen(via=via, spies=payload.get("spies", {}), weights=changes, **fields)
@@ -59,7 +60,7 @@ def _train(
             fields["gradient"] = tables.logits(change, size, recipe.dtype) / recipe.learning_rate
             if experiment.body.kind in ("glass", "clock"):
                 fields["attended"] = tables.attended(change, size, recipe.dtype) / recipe.learning_rate
-        fields["floor"] = leak(fields["logits"], tables.logits(start, size, recipe.dtype), experiment)
+        fields["floor"] |= leak(fields["logits"], tables.logits(start, size, recipe.dtype), experiment)
         fields["saved"] = {
             int(name.removeprefix("saved.")): tables.logits(array, size, recipe.dtype)
             for name, array in arrays.items()
@@ -85,12 +86,13 @@ def leak(after: np.ndarray, before: np.ndarray, experiment: TrainExperiment) -> 
 
 def _units(entry: dict[str, Any], k: float) -> dict[str, Any]:
     """The entry with gradient norm and rate in the experiment's unit, logits."""
-    metrics = dict(entry["metrics"])
-    if "grad_norm" in metrics:
-        metrics["grad_norm"] /= k
-    if "learning_rate" in metrics:
-        metrics["learning_rate"] *= k**2
-    return {"step": entry["step"], "split": entry["split"], "metrics": metrics}
+    return {"step": entry["step"], "split": entry["split"], "metrics": _in_units(dict(entry["metrics"]), k)}
+
+
+def _in_units(numbers: dict[str, float], k: float) -> dict[str, float]:
+    """The same by name, where a name ends with the metric's."""
+    factors = {"grad_norm": 1 / k, "learning_rate": k**2}
+    return {name: value * factors.get(name.rpartition(".")[2], 1.0) for name, value in numbers.items()}
 
 
 def counted(experiment: LogpExperiment, gradient: np.ndarray) -> tuple[tuple[int, int, int], ...]:

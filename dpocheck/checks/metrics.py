@@ -26,6 +26,7 @@ def _batches(theory: Theory) -> list:
     return [
         scene("six pairs in two batches", scenes.run(pairs, theory, recipe), family="metrics"),
         scene("six pairs as three micro-batches of one step, rewards beyond 5", split, family="metrics"),
+        scene("six pairs in one batch", scenes.run(pairs, theory), family="metrics"),  # for trainers that shuffle
     ]
 
 

@@ -51,8 +51,8 @@ def reasons(file: CommandFile, experiment: TrainExperiment) -> Iterator[str]:
         yield f"the command line offers no {missing} loss"
     if experiment.edited is not None:
         yield "a command line cannot be handed a model that was changed in memory"
-    if recipe.world_size != 1:
-        yield "the command line is run with one process"
+    if recipe.world_size != 1 and file.launch is None:
+        yield "the description has no `launch`: the command is run with one process"
     if recipe.lora is not None:
         yield "the command line trains the full weights, not LoRA"
     if recipe.defaults and file.plain is None:
@@ -65,9 +65,11 @@ def reasons(file: CommandFile, experiment: TrainExperiment) -> Iterator[str]:
             yield f"the command line offers no option for {OPTIONS.get(name, name)}"
     if recipe.seed and "seed" not in file.options and "{seed}" not in written:
         yield f"the command line offers no option for {OPTIONS['seed']}"
-    window = recipe.batch * recipe.accumulation
+    window = recipe.batch * recipe.accumulation * recipe.world_size
     if not recipe.shuffle and len(experiment.rows) != window and _order(file) == "shuffled":
         yield "the trainer shuffles the rows and offers no option against it"
+    if not recipe.shuffle and len(experiment.rows) != recipe.batch and _order(file) == "drawn":
+        yield "the trainer draws each batch anew and offers no option against it"
     if file.dtype != recipe.dtype and (file.dtype, recipe.dtype) != ("bfloat16", "float32"):
         yield f"the command line computes in {file.dtype}, not in {recipe.dtype}"
     yield from _reference_reasons(file, experiment)
@@ -80,7 +82,7 @@ def _offered(file: CommandFile, name: str, written: str) -> bool:
         return True
     if name == "epochs" and ("{steps}" in written or "{microsteps}" in written):
         return False
-    if name == "shuffle" and file.rows.order == "shuffled":
+    if name == "shuffle" and file.rows.order != "kept":
         return True
     if name == "save_every" and file.weights.step is not None:
         return True
@@ -106,8 +108,11 @@ def _reference_reasons(file: CommandFile, experiment: TrainExperiment) -> Iterat
 
 def _row_reasons(file: CommandFile, rows: tuple[Row, ...]) -> Iterator[str]:
     text = all(isinstance(part, str | None) for row in rows for part in (row.prompt, row.chosen, row.rejected))
-    if file.rows.format != "prompt-chosen-rejected" and any(row.prompt is None for row in rows):
-        yield f"rows without a prompt column cannot be written as {file.rows.format}"
+    if any(row.prompt is None for row in rows):
+        if file.rows.format != "prompt-chosen-rejected":
+            yield f"rows without a prompt column cannot be written as {file.rows.format}"
+        elif file.rows.prompt == "required":
+            yield "the trainer does not say that it takes rows without a prompt column"
     if file.rows.format == "hh" and not text:
         yield "chat rows cannot be written as hh"
 
@@ -135,4 +140,4 @@ def steps_of(experiment: TrainExperiment) -> int:
     if recipe.steps is not None:
         return recipe.steps
     micro = math.ceil(len(experiment.rows) / recipe.batch)
-    return math.ceil(micro / recipe.accumulation) * (recipe.epochs or 1)
+    return math.ceil(micro / (recipe.accumulation * recipe.world_size)) * (recipe.epochs or 1)

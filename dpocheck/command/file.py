@@ -40,6 +40,7 @@ SAYS = {
     "eos": ("appended", "none"), "bos": ("none", "tokenizer", "added"), "ipo": ("sum", "mean"),
     "truncation": ("keep_start", "keep_end", "drop"), "reward_scale": ("beta", "one"),
     "reduction": ("none", "mean", "sum"), "uneven_accumulation": ("pairs", "micro-batches"),
+    "uneven_ranks": ("kept", "repeated"),
 }  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def _choice(*values: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Rows:
-    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does to the rows.
+    """The preference file.  `also`: a second name it is written under.  `order`: what the trainer does to the rows;
+    drawn: each micro-batch is drawn from all of them anew.
 
     `template`: for a trainer that renders plain text, too, by a chat template: the one (Jinja) that a tokenizer without
     a template of its own is given.
@@ -60,8 +62,9 @@ class Rows:
     format: str = _choice("prompt-chosen-rejected", "messages", "hh", default="prompt-chosen-rejected")
     also: str | None = None
     evaluation: str | None = None  # the file of the held-out set, where `options.evaluation` can ask for one
-    order: str = _choice("kept", "shuffled", default="shuffled")
+    order: str = _choice("kept", "shuffled", "drawn", default="shuffled")
     template: str | None = None
+    prompt: str = _choice("required", "optional", default="required")
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,14 @@ class Log:
     """What the trainer logs: `step` matches one entry; its named groups are metrics (`rewards_chosen` is
     rewards/chosen; `step` is the number of the step).  `metric`, with groups `name` and `value`, reads an entry
     whose metrics have their own names.  `file`: read there, under {out}, not in the output, whose lines are matched one
-    by one.  `digits`: significant digits printed.  `names`: the trainer's name -> TRL's.  `counts`: what one entry, or
-    its `step`, stands for."""
+    by one.  `digits`, `decimals`: significant digits, or places after the point, that are printed.  `names`: the
+    trainer's name -> TRL's.  `counts`: what one entry, or its `step`, stands for."""
 
     step: str
     metric: str | None = None
     file: str | None = None
     digits: int = 17
+    decimals: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     evaluation_prefix: str = "eval_"
     counts: str = _choice("steps", "microsteps", default="steps")
@@ -141,6 +145,9 @@ class CommandFile:
     path: Path = Path()
     name: str = ""
     plain: str | None = None  # the whole command, with everything left to the trainer that it need not be told
+    # for a run in {ranks} processes: the words put in the place of the command's first word, as
+    # "{bin}/torchrun --standalone --nproc-per-node {ranks}"; without it the trainer is run in one process
+    launch: str | None = None
     package: str | None = None  # the distribution whose version the report names
     python: str = ""  # "": the interpreter dpocheck runs under
     dtype: str = _choice("float32", "bfloat16", "float64", default="float32")
@@ -193,7 +200,8 @@ def _command(data: dict[str, Any], path: Path) -> CommandFile:
 
 _TYPES = {
     "str": (str, "a text"), "str | None": (str, "a text"), "float": ((int, float), "a number"),
-    "int": (int, "a whole number"), "bool": (bool, "true or false"), "Mapping[str, str]": (dict, "a table of texts"),
+    "int": (int, "a whole number"), "int | None": (int, "a whole number"),
+    "bool": (bool, "true or false"), "Mapping[str, str]": (dict, "a table of texts"),
     "tuple[float, ...]": (list, "a list of numbers"), "tuple[str, ...]": (list, "a list of texts"),
 }  # fmt: skip
 
@@ -319,6 +327,9 @@ def _texts(file: CommandFile) -> None:
             raise CommandError(f"defaults.{name} is a placeholder that each run fills in; use another name")
     check(file.command, "command", known, split=True)
     check(file.plain or "", "plain", known, split=True)
+    check(file.launch or "", "launch", known, split=True)
+    if file.launch is not None and "{ranks}" not in " ".join([file.launch, *file.environment.values()]):
+        raise CommandError("launch has no {ranks}, the number of processes; put it there or into an environment value")
     if not shlex.split(file.command):
         raise CommandError("command is empty")
     for name, text in file.losses.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -61,3 +62,15 @@ def history(
             step = -(-step // accumulation)
         entries.append({"step": step, "split": split, "metrics": metrics})
     return entries
+
+
+def rounding(log: Log | None, entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Half a unit of the last place printed, the greatest of each metric, by the names that bounds know."""
+    found: dict[str, float] = {}
+    for entry in entries if log is not None else ():
+        for name, value in entry["metrics"].items():
+            size = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
+            places = [log.digits - 1 - size, *([log.decimals] if log.decimals is not None else [])]
+            where = f"history.{entry['split']}.{name}"
+            found[where] = max(found.get(where, 0.0), 0.5 * 10.0 ** -min(places))
+    return found

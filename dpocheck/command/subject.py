@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 from dpocheck.command import run as command_run
 from dpocheck.command.asked import asked, loss_texts, reasons
 from dpocheck.command.file import CommandError, CommandFile, read
-from dpocheck.command.log import history, matches_of
+from dpocheck.command.log import history, matches_of, rounding
 from dpocheck.command.reading import Reading, read_weights
 from dpocheck.command.run import CommandFailed
 from dpocheck.command.text import expand, words
@@ -46,7 +47,6 @@ class CommandSubject:
         """`python`: the interpreter to take instead of the one that the file names."""
         self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
         self.name, self.says, self.precision = file.name, file.says, file.dtype
-        self.digits = file.log.digits if file.log else None  # significant digits of the metrics
         self.moves = file.update.moves  # the only tensors that the trainer says it trains; empty: all
         self.places = _places(file, python)
         self.forced = _fixed(file)
@@ -207,6 +207,7 @@ class Run:
             "momentum": float(recipe.momentum), "warmup_steps": recipe.warmup_steps, "beta1": float(recipe.betas[0]),
             "beta2": float(recipe.betas[1]), "epsilon": float(recipe.epsilon), "save_every": recipe.save_every,
             "resume_from": recipe.resume_from, "eval_batch": recipe.eval_batch, "rank": hidden,
+            "ranks": recipe.world_size,
             "eval_every": recipe.eval_every or recipe.steps or 1, "alpha": self.file.update.scale * hidden,
         }  # fmt: skip
         if recipe.steps is not None:
@@ -217,7 +218,10 @@ class Run:
 
     def arguments(self) -> list[str]:
         recipe, texts = self.experiment.recipe, []
-        texts.append(self.file.plain if recipe.defaults else self.file.command)
+        command = self.file.plain if recipe.defaults else self.file.command
+        if recipe.world_size > 1:
+            command = shlex.join([*shlex.split(self.file.launch), *shlex.split(command)[1:]])
+        texts.append(command)
         texts += loss_texts(self.file, recipe.objective)
         if self.hands_over:
             texts.append(self.file.reference.option)
@@ -254,8 +258,10 @@ class Run:
             if name in end and end[name].shape == old.shape and self.reading.watches(name)
         }
         evaluation = self.experiment.evaluation[0][0] if self.experiment.evaluation else None
+        log = self.file.log
+        entries = history(log, matches, self._logged(), evaluation, self.recipe.accumulation)
         fields = {
-            "history": history(self.file.log, matches, self._logged(), evaluation, self.recipe.accumulation),
+            "history": entries, "floor": rounding(log, entries),
             "moved": moved, "digest": tables.digest(end), "start_digest": tables.digest(self.start),
         }  # fmt: skip
         return {"fields": fields, "spies": {}}, arrays

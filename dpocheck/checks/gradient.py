@@ -109,13 +109,16 @@ def attention(case: Case) -> Comparison:
 
 
 STRENGTHS = (1, 2, 3, 6)
+START = (0.5, -0.75, 0.25, -1.125)
 
 
-def bradley_terry(beta: float, at_optimum: bool) -> tuple[StepExperiment, np.ndarray]:
+def bradley_terry(
+    beta: float, at_optimum: bool, logits: tuple[float, ...] = START
+) -> tuple[StepExperiment, np.ndarray]:
     """One prompt, four completions of integer strengths, each compared with each as often as they say.
 
     The empirical DPO minimiser of the table is exactly pi* ~ pi_ref * w^(1/beta) (Rafailov et al. 2023, Eq. 4 with
-    r = log w).  Returns the step on all 36 rows and the log of pi* over the four.
+    r = log w).  `logits`: the reference's.  Returns the step on all 36 rows and the log of pi* over the four.
     """
     eos, pad = scenes.WORDS.eos, scenes.WORDS.pad
     pairs = []
@@ -123,7 +126,7 @@ def bradley_terry(beta: float, at_optimum: bool) -> tuple[StepExperiment, np.nda
         for b in range(4):
             if a != b:
                 pairs += [Pair((0,), (1 + a, eos), (1 + b, eos))] * STRENGTHS[a]
-    reference = _completions(np.array([0.5, -0.75, 0.25, -1.125]))
+    reference = _completions(np.array(logits))
     node = optimum(reference, 0, {(1 + i, eos): w for i, w in enumerate(STRENGTHS)}, beta).nodes[0]
     best = np.array([node[1 + i] for i in range(4)])
     policy = _completions(best) if at_optimum else reference

@@ -229,7 +229,7 @@ STEP = 2.0**-6
 )  # fmt: skip
 def value_gradient(case: Case) -> Comparison:
     base = case.observed[0]
-    pairs, beta = len(ORDINARY.policy_chosen), case.experiments[0].objective.beta
+    pairs, beta = len(case.experiments[0].policy_chosen), case.experiments[0].objective.beta
     step = case.experiments[1].policy_chosen[0] - case.experiments[0].policy_chosen[0]
     told = []
     for row, name in enumerate(("policy chosen", "policy rejected")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from dpocheck.check import Case, Comparison, check, close, scene
@@ -34,12 +36,13 @@ def _converged(theory: Theory) -> list:
 )  # fmt: skip
 def recovered(case: Case) -> Comparison:
     nodes = slice(1, 1 + len(STRENGTHS))
-    best = bradley_terry(BETA, True)[1]
+    start = tuple(float(x) for x in case.experiments[0].reference.logits()[0, nodes])
+    step, best = bradley_terry(BETA, True, start)
     replay = _log_softmax(case.predicted().logits[0, nodes])
     seen = _log_softmax(case.observed[0].logits[0, nodes])
     # On this table SGD never moves two starting points apart (rate <= 4 / beta^2), so errors add up and do not grow:
     # each step adds its rate times the error of a gradient, and two roundings of the logits.
-    step = bradley_terry(BETA, False)[0]
+    step = replace(step, policy=step.reference)
     size = np.abs(case.predicted().logits[0, nodes]).max()
     single = np.max(case.limit(step, "gradient", case.theory, case.precision))
     noise = 2 * STEPS * float(RATE * single + 2 * case.precision * size)

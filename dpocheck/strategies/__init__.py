@@ -17,6 +17,7 @@ same seed would then not give the same examples everywhere.
 
 from dpocheck.strategies.choose import choose
 from dpocheck.strategies.losses import REGIONS, loss_experiments, objectives, sigmoids
+from dpocheck.strategies.renumbered import renumbered
 from dpocheck.strategies.runs import chat_free_rows, letter_rows, train_experiments
 from dpocheck.strategies.tokens import (
     CASES,
@@ -32,6 +33,6 @@ from dpocheck.strategies.tokens import (
 
 __all__ = [
     "CASES", "REGIONS", "WORDS", "chat_free_rows", "choose", "letter_rows", "log_ratios", "logp_experiments",
-    "loss_experiments", "objectives", "padded", "pairs", "sigmoids", "step_experiments", "tables", "tells_apart",
-    "train_experiments",
+    "loss_experiments", "objectives", "padded", "pairs", "renumbered", "sigmoids", "step_experiments", "tables",
+    "tells_apart", "train_experiments",
 ]  # fmt: skip

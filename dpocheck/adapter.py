@@ -103,12 +103,14 @@ class TrainOut:
     `{"step": int, "split": str, "metrics": {name: number}}`, numbers as the trainer logs them, by TRL's names
     (`loss`, `grad_norm`, `learning_rate`, `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
     `rewards/accuracies`, `logps/chosen`, `logps/rejected`); `split` is "train", an evaluation set's name or "summary".
-    `checkpoints`: step -> folder.
+    `checkpoints`: step -> folder.  `decimals`: the places after the point that the trainer rounds a metric of the split
+    "train" to before it logs it, as `{"loss": 4}` for transformers before 5.
     """
 
     policy: Any
     history: Sequence[Mapping[str, Any]] = ()
     checkpoints: Mapping[int, str | Path] = field(default_factory=dict)
+    decimals: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

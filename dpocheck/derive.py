@@ -97,6 +97,7 @@ def _step(experiment: StepExperiment, theory: Theory) -> Plan | str:
         return StepSeen(
             via="derived", loss=logged.get("loss"), metrics=logged or None, gradient=answer.gradient,
             attended=answer.attended, reference_gradient=reference.get("gradient"), spies=answer.spies,
+            floor=_logged((answer,), loss="loss"),
         )  # fmt: skip
 
     return Plan((run,), read)
@@ -135,7 +136,8 @@ def _logps(experiment: LogpExperiment, theory: Theory) -> Plan | str:
         assert isinstance(answer, TrainSeen)
         logged = entries(answer.history, "train", "logps/chosen")
         complete = len(logged) == len(pairs)
-        return LogpSeen(via="derived", logps=np.array(logged) if complete else None, spies=answer.spies)
+        logps = np.array(logged) if complete else None
+        return LogpSeen(via="derived", logps=logps, spies=answer.spies, floor=_logged(answers, logps="logps/chosen"))
 
     return Plan((run,), read)
 
@@ -240,7 +242,21 @@ def _read_loss(experiment: LossExperiment, place: LossLayout, answers: tuple[See
         fields["reduced"] = first[0] if first else None
     if whole.gradient is not None:
         fields |= _slopes(experiment, place, whole.gradient)
-    return LossSeen(via="derived", spies=whole.spies, floor=_floor(experiment), **fields)
+    floor = _floor(experiment)
+    for name, rounded in _logged(
+        answers, per_pair="loss", reduced="loss", rewards_chosen="rewards/chosen", rewards_rejected="rewards/rejected"
+    ).items():
+        floor[name] += rounded
+    return LossSeen(via="derived", spies=whole.spies, floor=floor, **fields)
+
+
+def _logged(answers: tuple[Seen, ...], **names: str) -> dict[str, float]:
+    """field -> how far the metric that it is read from is rounded in the log."""
+    found = {}
+    for field, metric in names.items():
+        rounded = max(answer.floor.get(f"history.train.{metric}", 0.0) for answer in answers)
+        found |= {field: rounded} if rounded else {}
+    return found
 
 
 def _slopes(experiment: LossExperiment, place: LossLayout, gradient: np.ndarray) -> dict[str, np.ndarray]:

@@ -55,6 +55,7 @@ class TrainingProbe:
         fields = {
             "history": [_entry(entry) for entry in out.history],
             "moved": moved, "digest": tables.digest(final), "start_digest": tables.digest(self.start),
+            "floor": {f"history.train.{name}": 0.5 * 10.0**-places for name, places in dict(out.decimals).items()},
         }  # fmt: skip
         return {"fields": fields, "spies": self.told()}, arrays
 

@@ -29,6 +29,7 @@ class Seen:
     seconds: float | None = None
     floor: dict[str, float] = field(default_factory=dict)  # further absolute noise of a field, from the route taken
     spies: dict[str, Any] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()  # globals of its process that the subject left changed; they were put back
     died: bool = False  # the subject's process died, hung or broke its limits
     in_adapter: bool = False  # `raised` came from the adapter's own frame, not from the trainer
 

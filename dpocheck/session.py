@@ -58,6 +58,7 @@ class Session:
         self.seed, self.shrink, self.known = seed, shrink, frozenset(known)
         self.chosen: dict[str, tuple[Scene, ...]] | None = None  # check -> scenes, where only some are run
         self.failed: dict[str, str] = {}  # scene family -> the check that failed first
+        self.told: set[str] = set()  # changes of the subject's process that a check has reported
         self.seen: dict[str, list[tuple[Experiment, Seen]]] = {}  # check -> what was observed in its scenes
 
     def scenes(self, check: Check) -> Sequence_[Scene]:
@@ -138,7 +139,17 @@ class Session:
         if comparison.verdict == "unknown" and (reason := fixed.powerless(comparison.reason, self.subject.objective)):
             comparison = replace(comparison, verdict="not-applicable", reason=reason)
         output = next((seen.output for seen in observed if seen.output), None)
+        if comparison.verdict != "fail" and (left := self._left_changed(observed)):
+            comparison = Comparison("error", reason=left)
         return Outcome(comparison, scene, observed[0].via, output, observed=tuple(observed))
+
+
+    def _left_changed(self, observed: list[Any]) -> str:
+        """What the subject left changed in its process, in words; once, by the check that sees it first."""
+        new = [line for line in dict.fromkeys(line for seen in observed for line in seen.changes)
+               if line not in self.told]  # fmt: skip
+        self.told.update(new)
+        return f"left its process changed: {'; '.join(new)}; it is put back after each call" if new else ""
 
 
 def _severity(outcome: Outcome) -> tuple[int, float]:

@@ -27,13 +27,13 @@ from dpocheck.experiment import (
     Table,
     TrainExperiment,
     key,
+    ranks_of,
 )
 from dpocheck.observation import Seen, SequenceSeen
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.transports import Broken, Refused, Transport
-from dpocheck.transports.ranks import ranks_of, reason_against
+from dpocheck.transports import Broken, Refused, Transport, against_ranks
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
@@ -131,12 +131,15 @@ class Subject:
         ]
 
     def own(self, experiment: Any, check: str = "") -> Any:
-        """The experiment at the objective asked of a check, or at the beta that the subject has hard-coded."""
+        """The experiment at the objective asked of a check, or at the beta that the subject has hard-coded; with the
+        policy as its reference, where the subject takes no other."""
+        if self.only.get("reference") == "policy" and check not in fixed.TWO_MODELS:
+            experiment = fixed.at_start(experiment)
         return fixed.own(experiment, self.only, fixed.asked_of(check, self.objective))
 
     def cannot(self, experiment: Experiment) -> str | None:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""
-        if ranks_of(experiment) > 1 and (reason := reason_against(self.transport.about, self.transport.isolation)):
+        if ranks_of(experiment) > 1 and (reason := against_ranks(self.transport)):
             return reason
         if isinstance(experiment, Sequence):
             return None if "train" in self.capabilities else "the subject has no `train`"
@@ -160,7 +163,7 @@ class Subject:
                 return reading.empty(
                     experiment, via="derived", died=answer.died, in_adapter=answer.in_adapter, **told
                 )
-        return plan.read(answers)
+        return replace(plan.read(answers), changes=tuple(line for answer in answers for line in answer.changes))
 
     def _one_by_one(self, experiment: LossExperiment, seen: Any) -> Seen:
         """Where only a reduced loss comes back, the loss of each pair is what it is alone."""
@@ -200,7 +203,8 @@ class Subject:
                     runs=tuple(runs), raised=last.raised, refused=last.refused, output=last.output, died=last.died,
                     in_adapter=last.in_adapter,
                 )  # fmt: skip
-        return SequenceSeen(runs=tuple(runs), via=runs[-1].via)
+        changes = tuple(line for run in runs for line in run.changes)
+        return SequenceSeen(runs=tuple(runs), via=runs[-1].via, changes=changes)
 
     def _native(
         self, transport: Transport, experiment: Experiment, folder: Path, shared: Path | None, number: int = 0
@@ -214,8 +218,9 @@ class Subject:
         try:
             payload, arrays = transport.answer(experiment, paths, shared or folder / "run", number)
             return replace(
-                reading.seen(experiment, payload, arrays, via), seconds=time.perf_counter() - started
-            )
+                reading.seen(experiment, payload, arrays, via), seconds=time.perf_counter() - started,
+                changes=transport.changes, output=transport.said,
+            )  # fmt: skip
         except Refused as refusal:
             return reading.empty(experiment, via=via, refused=str(refusal) or "refused without a reason")
         except Broken as fault:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class Transport(Protocol):
 
     about: dict[str, Any]
     isolation: str
+    changes: tuple[str, ...] = ()  # what the last call left changed and would have reached later answers
+    said: str | None = None  # what the subject itself printed while it changed that
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply: ...
 
@@ -60,6 +62,18 @@ def request(experiment: Experiment, paths: dict[str, Path], folder: Path) -> dic
     """The payload of an `observe` request."""
     named = {name: str(path) for name, path in paths.items()}
     return {"experiment": to_plain(experiment), "folder": str(folder)} | named
+
+
+def against_ranks(transport: Transport) -> str | None:
+    """Why a subject cannot be put to several processes; None where it can."""
+    about = transport.about
+    if about.get("form") == "command line":
+        return None if about.get("ranks") else "the description has no `launch`: the command is run with one process"
+    if not about.get("ranks"):
+        return "the adapter does not declare `ranks = True`: it is run with one process"
+    if transport.isolation == "none":
+        return "a live object is audited in this one process; give the subject by name to run it in several"
+    return None
 
 
 class InProcess(Transport):
@@ -103,7 +117,6 @@ class InWorker(Transport):
 
         self.module, self.worker, self.subject = isolated, worker, subject
         self.ranks = ranks or Ranks(worker)
-        self.changed: tuple[str, ...] = ()
         self.about = self._open()
 
     @staticmethod
@@ -157,12 +170,8 @@ class InWorker(Transport):
             told = "\n".join(text for text in (fault.output.rstrip(), fault.traceback) if text)
             raise Broken(str(fault), told, in_adapter=fault.in_adapter) from fault
         finally:
-            self._note(self.worker.last_changes)
-
-    def _note(self, lines: Iterable[str]) -> None:
-        """Keep what the subject left changed in a way that would reach its later answers, were it not put back."""
-        found = [line for line in lines if line.startswith(TELLING)]
-        self.changed = (*self.changed, *(line for line in found if line not in self.changed))
+            self.changes = tuple(line for line in self.worker.last_changes if line.startswith(TELLING))
+            self.said = self.worker.output if self.changes else None
 
     def close(self) -> None:
         self.ranks.close()

@@ -99,13 +99,21 @@ def test_a_loss_that_is_not_a_number_is_a_finding(audit):
     assert "NaN" in found.screen
 
 
-@pytest.mark.parametrize("deed", [
-    "Everything",
-    *(pytest.param(name, marks=LONG)
-      for name in ("Forks", "Floods", "ChangesDtype", "ChangesRandom", "ChangesPlace", "Patches", "ClosesEverything")),
+@pytest.mark.parametrize(("deed", "said"), [
+    ("Everything", "default dtype: torch.float32 became torch.float16; patched: torch.log_softmax;"),
+    pytest.param("ChangesDtype", "default dtype: torch.float32 became torch.float16", marks=LONG),
+    pytest.param("ChangesPlace", "became '/'", marks=LONG),
+    pytest.param("Patches", "patched: torch.nn.functional.logsigmoid", marks=LONG),
 ])  # fmt: skip
-def test_what_is_put_back_spoils_nothing(audit, deed):
-    """The answer was right, and what was left behind does not reach the checks that follow."""
+def test_what_was_left_changed_is_an_error_of_the_check_at_hand(audit, deed, said):
+    """It is put back: the checks that follow see a process as it was."""
+    found = audit(f"{SUBJECTS}:{deed}")
+    spoiled(found, said)
+    assert "the subject was here" not in found.screen + found.errors
+
+
+@pytest.mark.parametrize("deed", [pytest.param(name, marks=LONG) for name in ("Forks", "Floods", "ChangesRandom")])
+def test_what_reaches_no_later_answer_spoils_nothing(audit, deed):
     found = audit(f"{SUBJECTS}:{deed}")
     verdicts = {name: result["verdict"] for name, result in found.results().items()}
     assert verdicts == OTHERS | {"LOSS-EXTREME": "pass"}

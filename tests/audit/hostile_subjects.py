@@ -180,7 +180,7 @@ class Everything(Honest):
     """All that can be put back, at once."""
 
     def deed(self, losses):
-        os.write(1, b"y" * (1 << 20))
+        os.write(1, b"y" * (1 << 20) + b"\nthe subject was here\n")
         for other in (ChangesDtype, ChangesRandom, ChangesPlace, Patches, ClosesEverything, Forks):
             other.deed(self, losses)
         return losses

@@ -54,6 +54,9 @@ class Says:
     reward_scale: str | None = None  # "beta": logged rewards are beta * log-ratio; "one": without beta
     reduction: str | None = None  # of `loss`: "none", "mean", "sum"
     uneven_accumulation: str | None = None  # "pairs": every pair weighs the same; "micro-batches": mean of means
+    # of a batch that does not fill all processes: "repeated", rows from the start of the epoch fill it and count again;
+    # None or "kept": each pair counts once
+    uneven_ranks: str | None = None
     objectives: tuple[str, ...] | None = None  # the kinds offered; None: ask and see
     options: tuple[str, ...] = ()  # further options the documentation promises to honour
 

@@ -22,7 +22,7 @@ from dpocheck.oracle.theory import PAPER, Theory
 
 CHAPTERS = (
     "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
-    "defaults", "tokenizer",
+    "ranks", "defaults", "tokenizer",
 )  # fmt: skip
 STAGES = ("tokens", "mask", "logps", "reference", "rewards", "loss", "gradient", "step", "run", "metrics")
 LEVELS = ("must", "should", "info")

@@ -262,7 +262,12 @@ class Lora:
 @dataclass(frozen=True)
 class Recipe:
     """How to train.  In an experiment `learning_rate` is in logits (a step moves a logit by rate * gradient);
-    the recipe that a trainer is handed is the translated one (`probes.tables.translate`)."""
+    the recipe that a trainer is handed is the translated one (`probes.tables.translate`).
+
+    `world_size` processes run together, started as torchrun starts them.  `batch` and `eval_batch` are of one process,
+    as trainers count them: a step sees batch * accumulation * world_size pairs.  Whatever is promised of a step is
+    promised of that global batch, so a run on N processes equals one process with N times the batch.
+    """
 
     objective: Objective = Objective()
     optimizer: str = "sgd"
@@ -275,7 +280,7 @@ class Recipe:
     warmup_steps: int = 0
     steps: int | None = 1
     epochs: int | None = None
-    batch: int = 1  # pairs in a micro-batch
+    batch: int = 1  # pairs in a micro-batch of one process
     accumulation: int = 1  # micro-batches in a step
     drop_last: bool = False
     clip_norm: float | None = None
@@ -291,7 +296,7 @@ class Recipe:
     resume_from: int | None = None  # the step whose checkpoint, left by an earlier run in the same folder, to resume
     lora: Lora | None = None
     defaults: bool = False  # leave to the trainer whatever it does not need to be told: what people run
-    world_size: int = 1
+    world_size: int = 1  # processes ("ranks")
 
 
 @dataclass(frozen=True)
@@ -333,6 +338,13 @@ class TextExperiment:
 
 
 Experiment = LossExperiment | LogpExperiment | StepExperiment | TrainExperiment | Sequence
+
+
+def ranks_of(experiment: Experiment) -> int:
+    """How many processes an experiment asks for."""
+    if isinstance(experiment, Sequence):
+        return max(ranks_of(run) for run in experiment.runs)
+    return experiment.recipe.world_size if isinstance(experiment, TrainExperiment) else 1
 
 
 # -------------------------------------------------------------------------------------------------------------- JSON

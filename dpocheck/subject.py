@@ -183,7 +183,7 @@ class Subject:
 
     def _alone(self, experiment: Experiment) -> Seen:
         with self.ahead.lease() as leased:
-            transport = self.transport if ranks_of(experiment) > 1 else leased  # the first has the ranks' processes
+            transport = self.transport.together if ranks_of(experiment) > 1 else leased
             return self._native(transport, experiment, self.folder / key(experiment)[:16], None)
 
     def _sequence(self, experiment: Sequence) -> SequenceSeen:

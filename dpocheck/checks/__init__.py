@@ -6,7 +6,7 @@ import importlib
 
 CHAPTERS = (
     "rows", "logps", "reference", "loss", "logz", "gradient", "step", "metrics", "options", "optimum", "runs", "lora",
-    "defaults", "tokenizer",
+    "ranks", "defaults", "tokenizer",
 )  # fmt: skip
 
 FILES = (*CHAPTERS, "sft", "optimizer", "agreement")  # these three belong to the chapters `loss` and `step`

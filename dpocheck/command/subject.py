@@ -48,6 +48,8 @@ class CommandSubject:
         self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
         self.name, self.says, self.precision = file.name, file.says, file.dtype
         self.moves = file.update.moves  # the only tensors that the trainer says it trains; empty: all
+        alone = file.reference.omitted == "policy" and file.reference.how not in ("option", "resume")
+        self.only = {"reference": "policy"} if alone else {}  # the reference is always the model it starts from
         self.places = _places(file, python)
         self.forced = _fixed(file)
         self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())

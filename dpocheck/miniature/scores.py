@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax, logsigmoid, relu
 
 from dpocheck.adapter import LossOut, TokenBatch, Unsupported
 from dpocheck.experiment import Objective, Recipe
+from dpocheck.miniature.ranks import here, wait
 from dpocheck.miniature.rows import Batch, Example, batches_of
 
 if TYPE_CHECKING:
@@ -93,11 +94,12 @@ def reference(
         return online
     rows = [(e.row, e.chosen.ids, e.chosen.start, e.rejected.ids, e.rejected.start) for e in examples]
     path = Path(folder) / f"reference-{fingerprint(model, rows, recipe.dtype)}.safetensors"
-    if not path.exists():
+    if here()[0] == 0 and not path.exists():  # one rank writes it, all read it
         table = torch.zeros(max(example.row for example in examples) + 1, 2, dtype=torch.float64)
         for chunk in batches_of(examples, recipe.batch):
             table[[example.row for example in chunk]] = online(trainer.collate(chunk, 0)).double().view(2, -1).T.cpu()
         save_file({"logps": table}, path)
+    wait()
     table = load_file(path)["logps"]
     return lambda batch: table[list(batch.rows)].T.reshape(-1)
 

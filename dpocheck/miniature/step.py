@@ -1,6 +1,6 @@
 """How do scored pairs move the policy, and what is logged?
 
-Parts: reduce, accumulate, clip, update, order, metrics, evaluate.
+Parts: reduce, accumulate, clip, update, order, gather, metrics, evaluate.
 
 Choices that the sources leave open: every pair of a window weighs the same, in the gradient and in what is logged; a
 short last batch and a short last window are kept; warm-up starts at 1/w of the rate, so that the first step moves.
@@ -14,9 +14,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
 
 from dpocheck.adapter import Unsupported
 from dpocheck.experiment import Recipe
+from dpocheck.miniature.ranks import added, here
 from dpocheck.miniature.rows import Batch, batches_of
 from dpocheck.miniature.scores import Scored
 
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 
 
 def reduce(losses: torch.Tensor, pairs: int, ranks: int) -> torch.Tensor:
-    """The share of (pair,) losses in the mean over a window of `pairs`: each rank sums its own, ranks are added."""
-    return torch.stack([share.sum() for share in losses.chunk(ranks)]).sum() / pairs
+    """The share of (pair,) losses in the mean over a window of `pairs` on all ranks, times `ranks`: `exchange` takes
+    the mean of the ranks' gradients, and their sum is due."""
+    return losses.sum() * ranks / pairs
 
 
 def accumulate(
     trainer: Miniature, policy: Any, window: Sequence[Batch], score: Callable[[Batch], Scored], recipe: Recipe
 ) -> list[Scored]:
-    """Backward over all micro-batches of a window.  Every pair weighs 1 / (pairs of the window): the shares add up."""
-    pairs = sum(batch.pairs for batch in window)
+    """Backward over this rank's micro-batches of a window.  Every pair weighs 1 / (pairs of the window on all ranks):
+    the shares add up."""
+    pairs = added(sum(batch.pairs for batch in window))
     seen = []
     for batch in window:
         scored = score(batch)
@@ -70,7 +74,7 @@ def update(optimizer: torch.optim.Optimizer, recipe: Recipe, clock: int, total: 
 
 
 def order(rows: int, recipe: Recipe, epoch: int) -> list[list[list[int]]]:
-    """An epoch's windows of micro-batches of row indices: a function of seed and epoch alone."""
+    """An epoch's windows of micro-batches of row indices, over all ranks: a function of seed and epoch alone."""
     indices = list(range(rows))
     if recipe.shuffle:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
@@ -78,6 +82,23 @@ def order(rows: int, recipe: Recipe, epoch: int) -> list[list[list[int]]]:
     size = recipe.batch * recipe.world_size
     micro_batches = [batch for batch in batches_of(indices, size) if len(batch) == size or not recipe.drop_last]
     return batches_of(micro_batches, recipe.accumulation)
+
+
+def gather(seen: Sequence[Scored]) -> list[Scored]:
+    """What was scored on all ranks, in the order of the ranks."""
+    _, ranks = here()
+    if ranks == 1:
+        return list(seen)
+    names = [field.name for field in fields(Scored)]
+    own = [torch.cat([getattr(s, name) for s in seen]).double() if seen else torch.zeros(0).double() for name in names]
+    counts = [torch.zeros(1, dtype=torch.long) for _ in range(ranks)]
+    distributed.all_gather(counts, torch.tensor([len(own[0])]))
+    longest = max(int(count) for count in counts)
+    padded = torch.zeros(len(names), longest, dtype=torch.float64)
+    padded[:, : len(own[0])] = torch.stack(own)
+    everyone = [torch.zeros_like(padded) for _ in range(ranks)]
+    distributed.all_gather(everyone, padded)
+    return [Scored(*table[:, : int(count)]) for table, count in zip(everyone, counts, strict=True) if int(count)]
 
 
 def metrics(seen: Sequence[Scored]) -> dict[str, float]:
@@ -101,4 +122,4 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of an evaluation set; nothing of the training state is touched."""
     with torch.no_grad():
-        return trainer.metrics([score(batch) for batch in batches])
+        return trainer.metrics(trainer.gather([score(batch) for batch in batches]))

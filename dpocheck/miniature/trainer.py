@@ -14,8 +14,8 @@ import torch
 
 from dpocheck.adapter import PairBatch, Probe, Says, StepOut, TokenBatch, TrainOut, Unsupported
 from dpocheck.experiment import KINDS, Objective, Recipe
+from dpocheck.miniature import ranks, scores, state, step
 from dpocheck.miniature import rows as rows_parts
-from dpocheck.miniature import scores, state, step
 from dpocheck.miniature.rows import Batch, Example, batches_of
 from dpocheck.miniature.scores import Scored
 from dpocheck.miniature.state import Progress
@@ -38,16 +38,20 @@ class Miniature:
     logps: Callable[..., torch.Tensor] = scores.logps
     reference: Callable[..., Callable[[TokenBatch], torch.Tensor]] = scores.reference
     loss: Callable[..., scores.LossOut] = scores.loss
+    share: Callable[..., Sequence[Any]] = ranks.share
     reduce: Callable[..., torch.Tensor] = step.reduce
     accumulate: Callable[..., list[Scored]] = step.accumulate
+    exchange: Callable[..., None] = ranks.exchange
     clip: Callable[..., float] = step.clip
     update: Callable[..., float] = step.update
     order: Callable[..., list[list[list[int]]]] = step.order
+    gather: Callable[..., list[Scored]] = step.gather
     metrics: Callable[..., dict[str, float]] = step.metrics
     evaluate: Callable[..., dict[str, float]] = step.evaluate
     checkpoint: Callable[..., None] = state.checkpoint
     resume: Callable[..., Progress] = state.resume
     says: Says = SAYS
+    ranks: bool = True  # `train` may run in several processes
 
     # ------------------------------------------------------------------------------------------ the adapter's methods
 
@@ -67,7 +71,7 @@ class Miniature:
     def train(self, probe: Probe, rows: Mapping[str, Any], recipe: Recipe, folder: Path) -> TrainOut:
         """A whole run; the process's own random state is left as it was."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), ranks.together(recipe.world_size):
             torch.manual_seed(recipe.seed)
             return self.run(probe, rows, recipe, Path(folder))
 
@@ -91,7 +95,7 @@ class Miniature:
         refer = self.reference(self, policy, given, recipe, list(itertools.chain(*sets.values())), folder)
         score = partial(self.score, policy, refer, recipe.objective)
         held_out = {
-            name: [self.collate(chunk, pad) for chunk in batches_of(examples, recipe.eval_batch)]
+            name: self.shares(batches_of(examples, recipe.eval_batch * recipe.world_size), recipe.eval_batch, pad)
             for name, examples in sets.items()
             if name != "train"
         }
@@ -109,8 +113,9 @@ class Miniature:
         for window in itertools.islice(self.windows(sets["train"], recipe), progress.data, None):
             if progress.step >= total:
                 break
-            batches = [self.collate(examples, pad) for examples in window]
-            logged = self.metrics(self.accumulate(self, policy, batches, score, recipe))
+            seen = self.accumulate(self, policy, self.shares(window, recipe.batch, pad), score, recipe)
+            self.exchange(parameters)
+            logged = self.metrics(self.gather(seen))
             logged["grad_norm"] = self.clip(parameters, recipe.clip_norm)
             logged["learning_rate"] = self.update(optimizer, recipe, progress.schedule, total)
             progress = progress.next()
@@ -121,9 +126,15 @@ class Miniature:
                     history.append({"step": progress.step, "split": name, "metrics": found})
             if recipe.save_every and progress.step % recipe.save_every == 0:
                 checkpoints[progress.step] = folder / f"checkpoint-{progress.step}"
-                self.checkpoint(checkpoints[progress.step], policy, optimizer, progress)
+                if ranks.here()[0] == 0:
+                    self.checkpoint(checkpoints[progress.step], policy, optimizer, progress)
+                ranks.wait()
         trained = policy.merge_and_unload() if recipe.lora else policy
         return TrainOut(trained, history, checkpoints)
+
+    def shares(self, batches: Sequence[Sequence[Example]], size: int, pad: int) -> list[Batch]:
+        """This rank's part of each batch over all ranks; none of a batch that does not reach it."""
+        return [self.collate(own, pad) for batch in batches if (own := self.share(batch, size))]
 
     def examples(self, rows: Mapping[str, Any], tokenizer: Any, recipe: Recipe) -> dict[str, list[Example]]:
         """Every set's tokenised pairs, numbered through all sets."""

@@ -173,6 +173,7 @@ def _steps() -> None:
     fault("an update after each micro-batch", accumulation="updates")
     fault("an incomplete window divided as if it were full", incomplete_window="full-divisor")
     fault("last batch padded with the first pairs", last_batch="padded")
+    fault("rows repeated until every process has as many", ranks_tail="repeated")
     fault("last batch kept though it should be dropped", last_batch="always-kept")
     fault("first row of each epoch left out", first_row="dropped")
     fault("clipping ignored", clip="ignored")

@@ -32,6 +32,8 @@ def plan(pairs: int, recipe: Recipe, theory: Theory) -> Plan:
     With `world_size` ranks of `batch` pairs each, a step averages `accumulation * world_size` micro-batches.
     """
     indices = list(range(1 if theory.first_row == "dropped" else 0, pairs))
+    if theory.ranks_tail == "repeated" and recipe.world_size > 1:
+        indices += (indices * recipe.batch * recipe.world_size)[: -len(indices) % (recipe.batch * recipe.world_size)]
     batches = [tuple(indices[i : i + recipe.batch]) for i in range(0, len(indices), recipe.batch)]
     if batches and len(batches[-1]) < recipe.batch:
         if theory.last_batch == "dropped" or (theory.last_batch == "kept" and recipe.drop_last):

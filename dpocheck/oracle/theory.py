@@ -124,6 +124,8 @@ class Theory:
     accumulation: Literal["mean", "sum", "twice", "last", "steps", "updates"] = "mean"
     incomplete_window: Literal["stepped", "dropped", "full-divisor"] = "stepped"
     last_batch: Literal["kept", "dropped", "padded", "always-kept"] = "kept"  # "kept": unless `drop_last` asks
+    # of a batch that does not fill all processes; "repeated": rows from the start of the epoch fill it
+    ranks_tail: Literal["kept", "repeated"] = "kept"
     first_row: Literal["kept", "dropped"] = "kept"  # of each epoch
     clip: Literal["norm", "ignored", "micro", "value", "always"] = "norm"
     update: float = 1.0  # -1: ascent

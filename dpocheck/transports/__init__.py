@@ -47,6 +47,11 @@ class Transport(Protocol):
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply: ...
 
+    @property
+    def together(self) -> Transport:
+        """Where runs in several processes go."""
+        return self
+
     def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
         """What the subject offers for a script without dpocheck (`worker.standalone`); {} where it cannot be asked."""
         return {}
@@ -113,11 +118,11 @@ class InWorker(Transport):
     def __init__(self, subject: str, worker: Any, ranks: Any = None) -> None:
         """`worker` is an `isolated.Worker`, `ranks` are `ranks.Ranks`; the subjects of the self-test share them."""
         from dpocheck.transports import isolated
-        from dpocheck.transports.ranks import Ranks
+        from dpocheck.transports.ranks import InRanks, Ranks
 
         self.module, self.worker, self.subject = isolated, worker, subject
-        self.ranks = ranks or Ranks(worker)
         self.about = self._open()
+        self.in_ranks = InRanks(subject, ranks or Ranks(worker), self.about)
 
     @staticmethod
     def start(
@@ -129,29 +134,16 @@ class InWorker(Transport):
         limits = isolated.Limits(seconds=seconds, memory_gb=memory_gb)
         return InWorker(subject, isolated.Worker(subject, python=python, limits=limits, folder=folder))
 
+    @property
+    def together(self) -> Transport:
+        return self.in_ranks
+
     def _open(self) -> dict[str, Any]:
         return self._call("open", {"subject": self.subject})[0]
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
-        if isinstance(experiment, TrainExperiment) and experiment.recipe.world_size > 1:
-            return self._together(asked, experiment)
         return self._call("observe", asked)
-
-    def _together(self, asked: dict[str, Any], experiment: TrainExperiment) -> Reply:
-        """The same, of several processes."""
-        from dpocheck.transports.ranks import RankFailed
-
-        try:
-            return self.ranks.call(asked, experiment)
-        except RankFailed as failed:
-            fault = failed.fault
-            if getattr(fault, "kind", "") == "Unsupported":
-                raise Refused(str(failed)) from failed
-            died = isinstance(fault, self.module.WorkerDied)
-            raise Broken(
-                str(failed), failed.output, in_adapter=getattr(fault, "in_adapter", False), died=died
-            ) from failed
 
     def standalone(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -174,7 +166,7 @@ class InWorker(Transport):
             self.said = self.worker.output if self.changes else None
 
     def close(self) -> None:
-        self.ranks.close()
+        self.in_ranks.close()
         self.worker.close()
 
 
@@ -188,7 +180,7 @@ class InFiles(Transport):
         self.about = {
             "capabilities": subject.capabilities, "says": subject.says, "name": subject.name, "form": "command line",
             "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
-            "ranks": subject.file.launch is not None,
+            "ranks": subject.file.launch is not None, "only": subject.only,
         }  # fmt: skip
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:

@@ -110,6 +110,7 @@ class Worker:
         self._opening: tuple[dict, dict | None] = ({"subject": subject}, None)
         self._opened = False
         self._tainted = False
+        self._stopped = False
         self._calls = 0
         self._lock = threading.Lock()
 
@@ -142,7 +143,7 @@ class Worker:
                 except WorkerDied:
                     suspect = self._tainted and not fresh
                     self._end()
-                    if not suspect:
+                    if not suspect or self._stopped:
                         raise
                     # A thread or process that an earlier call left behind may have done it: ask again, in a new one.
                 except SubjectError:
@@ -157,8 +158,11 @@ class Worker:
             self._end()
 
     def stop(self) -> None:
-        """End the process from another thread, though a call is waiting for it: that call raises WorkerDied."""
+        """End the process from another thread, though a call is waiting for it: that call raises WorkerDied, and its
+        output ends with where the process was."""
+        self._stopped = True
         if self._process is not None:
+            self._process.ask_where()
             self._process.kill()
 
     # ------------------------------------------------------------------------------------------------------- a call

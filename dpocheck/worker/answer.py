@@ -300,11 +300,11 @@ def _train(adapter: Any, experiment: TrainExperiment, payload: dict[str, Any]) -
     ranks.enter(payload)
     out = adapter.train(watched.probe, rows, recipe, folder)
     if ranks.is_silent(out, payload):
-        return {"spies": watched.told(), "left_group": ranks.left_group()}, {}
+        return {"spies": watched.told(), "in_group": ranks.in_group()}, {}
     if not isinstance(out, TrainOut):
         raise BadAnswer(f"train() returned {_kind(out)}; expected a TrainOut(policy=..., history=...)")
     reply, arrays = watched.reply(out)
-    return reply | {"left_group": ranks.left_group()}, arrays
+    return reply | {"in_group": ranks.in_group()}, arrays
 
 
 def _jsonl(path: Path, records: list[dict[str, Any]]) -> Path:

@@ -97,9 +97,10 @@ def backward_of_the_sum():
             scored = score(batch)
             trainer.reduce(scored.losses, 1, recipe.world_size).backward()
             seen.append(scored.detached())
+        pairs = mini.added(sum(batch.pairs for batch in window))
         for parameter in policy.parameters():
             if parameter.grad is not None:
-                parameter.grad.div_(sum(batch.pairs for batch in window))
+                parameter.grad.div_(pairs)
         return seen
 
     return _but(accumulate=accumulate)

@@ -142,4 +142,6 @@ def build(name: str) -> Any:
     if only not in ("", *CAPABILITIES):
         raise ValueError(f"no method is called {only!r}; an adapter has {', '.join(CAPABILITIES)}")
     adapter = mini.MINIATURE if found is None else found.build()
-    return SimpleNamespace(says=adapter.says, **{only: getattr(adapter, only)}) if only else adapter
+    if not only:
+        return adapter
+    return SimpleNamespace(says=adapter.says, ranks=getattr(adapter, "ranks", False), **{only: getattr(adapter, only)})

@@ -60,19 +60,6 @@ _reduces(
 _reduces("median-loss", lambda losses: losses.median(), "The median loss of a batch stands for all.")
 
 
-@specimen("ranks-added", part="reduce", caught_by="RANKS-SPLIT")
-def ranks_added(losses, pairs, ranks):
-    """Each rank divides by its own pairs, and the ranks' gradients are added, not averaged."""
-    return mini.reduce(losses, pairs, ranks) * ranks
-
-
-@specimen("ranks-not-synchronised", part="reduce", caught_by="RANKS-SPLIT")
-def ranks_not_synchronised(losses, pairs, ranks):
-    """Gradients are not exchanged: the first rank learns from its own share."""
-    own = losses.chunk(ranks)[0]
-    return own.sum() / (pairs * len(own) / len(losses))
-
-
 # ---------------------------------------------------------------------------------------------------------- accumulate
 
 

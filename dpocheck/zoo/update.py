@@ -199,10 +199,3 @@ def drawn_with_replacement(rows, recipe, epoch):
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
     drawn = torch.randint(rows, (rows,), generator=generator).tolist()
     return [[[drawn[index] for index in batch] for batch in window] for window in mini.order(rows, recipe, epoch)]
-
-
-@specimen("every-rank-sees-the-same-rows", part="order", caught_by="RANKS-SPLIT", imitates="ContextualAI/HALOs@c062b56")
-def every_rank_sees_the_same_rows(rows, recipe, epoch):
-    """The rows are not split between ranks: each takes the same batch."""
-    alone = mini.order(rows, replace(recipe, world_size=1), epoch)
-    return [[batch * recipe.world_size for batch in window] for window in alone]

@@ -243,7 +243,7 @@ def summed_from_the_end():
     def reduce(losses, pairs, ranks):
         total = losses.new_zeros(())
         for loss in reversed(losses.unbind()):
-            total = total + loss / pairs
+            total = total + loss * ranks / pairs
         return total
 
     return _but(logps=logps, reduce=reduce)

@@ -42,6 +42,7 @@ def scenes() -> dict[str, object]:
         "run": many,
         "sure": train(Recipe(replace(PLAIN, beta=4.0), learning_rate=4.0, batch=5, dtype="float64")),
         "uneven": train(replace(MANY, clip_norm=None, steps=None, epochs=1, accumulation=2, drop_last=True)),
+        "ranks": train(replace(MANY, clip_norm=None, batch=1, world_size=2, accumulation=1, steps=None, epochs=1)),
         "window": train(replace(MANY, clip_norm=None, accumulation=3, steps=None, epochs=1)),
         "unclipped": train(replace(MANY, clip_norm=10.0)),
         "warm": train(replace(MANY, schedule="constant", warmup_steps=2)),

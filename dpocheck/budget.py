@@ -7,7 +7,7 @@ twelve runs.  The full tier asks everything.
 from __future__ import annotations
 
 from dpocheck.check import Check, Scene
-from dpocheck.experiment import Sequence, key
+from dpocheck.experiment import Experiment, Sequence, key
 from dpocheck.subject import Subject
 
 RUNS = 12
@@ -40,9 +40,10 @@ def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ..
         kept = chosen.get(name, ())
         offered = [s for s in by_id[name].staged(subject.theory) if s.tier == "quick" and s not in kept]
         for scene in offered:
-            if any(map(subject.cannot, scene.experiments)) or _refused(subject, scene):
+            experiments = [subject.own(experiment, name) for experiment in scene.experiments]
+            if any(map(subject.cannot, experiments)) or _refused(subject, experiments):
                 continue
-            needed = {key(run) for experiment in scene.experiments for run in subject.whole_runs(experiment)} - spent
+            needed = {key(run) for experiment in experiments for run in subject.whole_runs(experiment)} - spent
             if len(spent) - start + len(needed) + 1 <= RUNS:
                 spent |= needed
                 chosen[name] = (*kept, scene)
@@ -53,8 +54,8 @@ def choose(subject: Subject, selected: list[Check]) -> dict[str, tuple[Scene, ..
     return chosen
 
 
-def _refused(subject: Subject, scene: Scene) -> bool:
-    """Whether the command line cannot be asked for one of the scene's runs."""
-    whole = [run for experiment in scene.experiments for run in subject.whole_runs(experiment)]
+def _refused(subject: Subject, experiments: list[Experiment]) -> bool:
+    """Whether the command line cannot be asked for one of the runs."""
+    whole = [run for experiment in experiments for run in subject.whole_runs(experiment)]
     runs = [run for one in whole for run in (one.runs if isinstance(one, Sequence) else (one,))]
     return any(subject.transport.refuses(run) for run in runs)

@@ -12,6 +12,7 @@ from dpocheck.experiment import (
     LossExperiment,
     Objective,
     Sequence,
+    StepExperiment,
     TrainExperiment,
 )
 
@@ -33,6 +34,8 @@ BROKEN_BY = {
     "LOGZ-NORMALISER": (lambda asked: asked.kind == "simpo", "rewards without a reference do not normalise"),
     "LOGZ-POLICY": (lambda asked: asked.sft_weight > 0, "an SFT term sees a constant on the policy's log-probs"),
 }
+# Checks that need a reference that is not the policy; a subject that has no way to take one cannot be asked them.
+TWO_MODELS = ("GRAD-OPTIMUM", "REF-CACHE-FRESH")
 # How a judge says that its input has no power.  At another objective that is the objective's doing.
 NO_POWER = ("this input cannot tell", "would end within the bound", "would not show", "is not told apart")
 
@@ -58,6 +61,18 @@ def own(experiment: Experiment, only: Mapping[str, Any], asked: Objective | None
     return _scaled(experiment, objective) if isinstance(experiment, LossExperiment) else replace(
         experiment, objective=objective
     )  # fmt: skip
+
+
+def at_start(experiment: Experiment) -> Experiment:
+    """The same with the policy as its reference, for a subject whose reference is always the model it starts from.
+
+    Log-probs alone, and bare numbers, have no model in them and stay as they are.
+    """
+    if isinstance(experiment, Sequence):
+        return replace(experiment, runs=tuple(map(at_start, experiment.runs)))
+    if not isinstance(experiment, TrainExperiment | StepExperiment) or experiment.reference is None:
+        return experiment
+    return replace(experiment, reference=experiment.policy)
 
 
 def _own(objective: Objective, only: Mapping[str, Any], asked: Objective | None) -> Objective:

@@ -45,6 +45,8 @@ def equation(subject: Subject) -> Equation:
     beta, asked = objective.beta, words(DUE, objective.beta)
     if objective != Objective(beta=beta):
         return Equation("not fitted: the fit is of the sigmoid loss without extra terms", fixed.words(objective))
+    if subject.only.get("reference") == "policy":
+        return Equation("not fitted: the reference is always the policy it starts from; all log-ratios are zero", asked)
     if is_costly(subject):
         rows, logits = from_weights(subject)
     else:

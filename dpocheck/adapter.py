@@ -121,7 +121,8 @@ class Probe:
     """The models and the tokenizer of an experiment, as checkpoint folders and, when asked for, as live objects.
 
     `policy()`, `reference()` (None where the experiment hands over none) and `tokenizer()` load them with
-    transformers; the policy is edited in memory where the experiment says so.
+    transformers, anew at each call: a second `policy()` is a copy, as a reference needs.  The policy is edited in
+    memory where the experiment says so.
     """
 
     policy_path: Path

@@ -22,21 +22,19 @@ def probe(
 ) -> Probe:
     """A `Probe` over checkpoint folders.  `edit`: the table the policy is changed to in memory after loading.
 
-    `watch(name, model)` sees each model that is handed out (the spies).
+    Every call loads anew, as `from_pretrained` does: who asks twice for the policy, to keep one as the reference, has
+    two models.  `watch(name, model)` sees each model that is handed out (the spies).
     """
-    kept: dict[str, Any] = {}
 
     def load(what: str) -> Any:
-        if what not in kept:
-            if what == "tokenizer":
-                kept[what] = _tokenizer(policy)
-            else:
-                model = kept[what] = _model(policy if what == "policy" else reference, dtype)
-                if what == "policy" and edit is not None:
-                    _edit(model, edit, dtype)
-                if watch:
-                    watch(what, model)
-        return kept[what]
+        if what == "tokenizer":
+            return _tokenizer(policy)
+        model = _model(policy if what == "policy" else reference, dtype)
+        if what == "policy" and edit is not None:
+            _edit(model, edit, dtype)
+        if watch:
+            watch(what, model)
+        return model
 
     return Probe(policy, reference, policy, load)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpocheck.adapter import TrainOut
+from dpocheck.adapter import TrainOut, Unsupported
 from dpocheck.experiment import TrainExperiment
 from dpocheck.probes import live, tables
 
@@ -17,7 +17,8 @@ class TrainingProbe:
 
     def __init__(self, experiment: TrainExperiment, payload: dict[str, Any]) -> None:
         self.experiment = experiment
-        self.spies: dict[str, Any] = {}
+        self.spies: dict[str, list[Any]] = {}  # of every model that was handed out
+        self.trained: Any = None
         self.start = tables.read_state(Path(payload["policy"]))
         reference = payload.get("reference")
         edited = experiment.policy if experiment.edited is not None else None
@@ -29,10 +30,12 @@ class TrainingProbe:
     def _watch(self, name: str, model: Any) -> None:
         from dpocheck.worker import spies
 
-        self.spies[name] = spies.watch(model)
+        self.spies.setdefault(name, []).append(spies.watch(model))
 
     def reply(self, out: TrainOut) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        final = self.state(out.policy)
+        if self.experiment.edited is not None and "policy" not in self.spies:
+            raise Unsupported("the trainer takes checkpoints: no model is handed over that could be edited in memory")
+        self.trained, final = out.policy, self.state(out.policy)
         if self.experiment.edited is not None and self.experiment.policy is not None:
             edited = tables.weights(
                 self.experiment.policy, self.experiment.policy.size, self.experiment.body, self.experiment.recipe.dtype
@@ -60,8 +63,11 @@ class TrainingProbe:
         return {"fields": fields, "spies": self.told()}, arrays
 
     def told(self) -> dict[str, Any]:
-        """What the spies saw."""
-        return {name: spy.report() for name, spy in self.spies.items()}
+        """What the spies saw: of each model, the copy that was trained, or else the one that ran most."""
+        return {
+            name: max(held, key=lambda spy: (spy.model is self.trained, spy.forwards)).report()
+            for name, held in self.spies.items()
+        }
 
     @staticmethod
     def state(policy: Any) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ None of these faults is a specimen of the zoo.  Each is planted alone, into some
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import sys
 from dataclasses import replace
@@ -110,18 +109,6 @@ RUNS = [
 @pytest.mark.parametrize(("fault", "check", "kind"), RUNS)
 def test_a_fault_around_a_run_is_found_and_named(fault, check, kind):
     found(getattr(planted_runs, fault), check, kind)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-@pytest.mark.parametrize(("fault", "check", "kind"), [
-    one for one in RUNS
-    if one[0] in ("DropsTheLongerChosen", "LosesThePrompt", "EvaluatesOnAnother", "ScalesTheRate")
-])  # fmt: skip
-def test_a_fault_around_trl_is_found_and_named(fault, check, kind):
-    from conformance.adapters.trl import Adapter
-
-    found(getattr(planted_runs, fault)(Adapter()), check, kind)
 
 
 # --------------------------------------------------------------------------------- one fault through two capabilities

@@ -10,7 +10,9 @@ import numpy as np
 from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment
 from dpocheck.functions.parameters import FOUR
 from dpocheck.probes import tables
+from dpocheck.report.front import conventions, front
 from dpocheck.report.literal import literal
+from dpocheck.report.render import render
 from dpocheck.report.words import line
 from dpocheck.result import Report, Result
 
@@ -20,9 +22,6 @@ CELLS = 12  # of a gradient
 
 def function_script(result: Result, report: Report, subject: str, calls: list[dict[str, Any] | None]) -> str | None:
     """The script of a result whose experiments a function answered itself; `calls` are those of `recorded.recorded`."""
-    from dpocheck.report.render import render
-    from dpocheck.report.script import front
-
     if not calls or not all(calls):
         return None
     experiments = result.experiments
@@ -112,7 +111,6 @@ def _text(value: dict[str, Any]) -> str:
 def _expected(experiment: Any, record: dict[str, Any], call: dict[str, Any], report: Report, place: int) -> list[str]:
     """Lines that print what the papers say beside what came out."""
     from dpocheck.oracle import predict
-    from dpocheck.report.script import conventions
 
     seen = predict(experiment, conventions(report))
     if isinstance(experiment, LogpExperiment):

@@ -10,6 +10,7 @@ from dpocheck.experiment import Sequence, TrainExperiment
 from dpocheck.probes import tables
 from dpocheck.reading import SHOWS
 from dpocheck.report.describe import changed, difference, reference_words
+from dpocheck.report.front import conventions
 from dpocheck.report.words import line, plural
 from dpocheck.result import Report, Result
 
@@ -75,7 +76,6 @@ def _wanted(needs: frozenset[str], names: Several[str]) -> bool:
 
 def _predict(run: TrainExperiment, report: Report) -> Any:
     from dpocheck.oracle import predict
-    from dpocheck.report.script import conventions
 
     try:
         return predict(run, conventions(report))

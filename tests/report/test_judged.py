@@ -13,7 +13,7 @@ from dpocheck.adapter import TrainOut
 from dpocheck.experiment import Body, Recipe, Row, Sequence, Table, TrainExperiment
 from dpocheck.probes.tokenizers import plain_words
 from dpocheck.report import judged, trace
-from dpocheck.report.script import train_script
+from dpocheck.report.train_script import train_script
 
 WORDS = plain_words(16)
 POLICY = Table(16, 0.0, ((0, 1, 1.0), (1, 14, 3.0), (2, 14, 3.0)))

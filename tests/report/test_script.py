@@ -13,7 +13,8 @@ from dpocheck.experiment import Body, Objective, Recipe, Row, Sequence, Table, T
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
 from dpocheck.report.literal import literal
-from dpocheck.report.script import train_script, translated, whole_runs, writer
+from dpocheck.report.script import whole_runs, writer
+from dpocheck.report.train_script import train_script, translated
 from dpocheck.transports.isolated import SubjectError, Worker
 
 TINY = f"{Path(__file__).parent / 'tiny_trainer.py'}:Adapter"

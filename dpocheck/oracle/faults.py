@@ -87,8 +87,8 @@ def _logit() -> None:
     for kind in ("sigmoid", "robust", "hinge", "ipo", "simpo"):
         fault(f"{kind} loss whatever was asked for", kind=kind)
     for name, coefficients in {
-        "chosen plus rejected in the policy's log-ratio": (1.0, 1.0, -1.0, 1.0),
-        "chosen plus rejected in the reference's log-ratio": (1.0, -1.0, -1.0, -1.0),
+        "policy's rejected log-prob is added where it should be subtracted": (1.0, 1.0, -1.0, 1.0),
+        "reference's rejected log-prob is added where it should be subtracted": (1.0, -1.0, -1.0, -1.0),
         "policy's chosen and rejected swapped": (-1.0, 1.0, -1.0, 1.0),
         "reference log-ratio added instead of subtracted": (1.0, -1.0, 1.0, -1.0),
         "sign of the logit flipped": (-1.0, 1.0, 1.0, -1.0),

@@ -106,7 +106,8 @@ def standardised(m: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.n
     spread = np.std(m, ddof=1) if n > 1 else np.nan
 
     def back(g: np.ndarray) -> np.ndarray:
-        return g / spread - (g @ m) * (m - m.mean()) / ((n - 1) * spread**3)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return g / spread - (g @ m) * (m - m.mean()) / ((n - 1) * spread**3)
 
     with np.errstate(invalid="ignore", divide="ignore"):
         return m / spread, back

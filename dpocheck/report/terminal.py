@@ -118,8 +118,7 @@ def _header(report: Report) -> Iterable[object]:
     parts = [f"auditing {name} through {line(header.route)}"]
     if header.adapter_lines:
         parts.append(f"adapter {header.adapter_lines} lines")
-    if "torch" in header.versions:
-        parts.append(f"torch {line(header.versions['torch'])}")
+    parts += [f"{name} {line(header.versions[name])}" for name in ("torch", "transformers") if name in header.versions]
     if header.precision:
         parts.append(f"precision {number(header.precision, 2)}")
     parts += [f"tier {header.tier}", f"seed {header.seed}"]

@@ -64,6 +64,7 @@ def describe(adapter: Any) -> dict[str, Any]:
         "says": asdict(says) if is_dataclass(says) else dict(says),
         "name": getattr(adapter, "name", type(adapter).__name__),
         "version": getattr(adapter, "version", None) or installed(getattr(adapter, "package", None)),
+        "versions": versions(getattr(adapter, "package", None)),
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
         "only": dict(getattr(adapter, "only", {})),
         "ranks": bool(getattr(adapter, "ranks", False)),
@@ -83,6 +84,12 @@ def installed(package: str | None) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def versions(package: str | None) -> dict[str, str]:
+    """Of the trainer's package and of what a run may depend on, as installed beside the trainer; nothing is imported."""
+    names = (package, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+    return {name: found for name in names if name and (found := installed(name))}
 
 
 def code_lines(cls: type) -> int | None:

@@ -19,20 +19,16 @@ from dpocheck.adapter import Says
 from dpocheck.ahead import Ahead
 from dpocheck.experiment import (
     Experiment,
-    LogpExperiment,
     LossExperiment,
     Objective,
     Sequence,
-    StepExperiment,
-    Table,
     TrainExperiment,
     key,
     ranks_of,
 )
 from dpocheck.observation import Seen, SequenceSeen
 from dpocheck.oracle.theory import PAPER, Theory
-from dpocheck.probes import tables
-from dpocheck.probes.tokenizers import plain_words
+from dpocheck.probes.handed import checkpoints
 from dpocheck.transports import Broken, Refused, Transport, against_ranks
 
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -231,31 +227,6 @@ class Subject:
         finally:
             if shared is None:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def checkpoints(experiment: Experiment, folder: Path) -> dict[str, Path]:
-    """Write the checkpoint folders that an experiment needs."""
-    if isinstance(experiment, LossExperiment):
-        return {}
-    paths = {"policy": folder / "policy"}
-    if isinstance(experiment, TrainExperiment):
-        disk: Table | None = experiment.edited if experiment.edited is not None else experiment.policy
-        tokenizer, dtype, body = experiment.tokenizer, experiment.recipe.dtype, experiment.body
-        tables.write_checkpoint(paths["policy"], disk, tokenizer, body, dtype)
-        if experiment.reference is not None:
-            paths["reference"] = folder / "reference"
-            tables.write_checkpoint(paths["reference"], experiment.reference, tokenizer, body, dtype)
-        return paths
-    if isinstance(experiment, LogpExperiment):
-        words = plain_words(experiment.table.size)
-        tables.write_checkpoint(paths["policy"], experiment.table, words, experiment.body, experiment.dtype)
-        return paths
-    assert isinstance(experiment, StepExperiment)
-    words = plain_words(experiment.policy.size)
-    paths["reference"] = folder / "reference"
-    tables.write_checkpoint(paths["policy"], experiment.policy, words, experiment.body, experiment.dtype)
-    tables.write_checkpoint(paths["reference"], experiment.reference, words, experiment.body, experiment.dtype)
-    return paths
 
 
 def _says(data: dict[str, Any]) -> Says:

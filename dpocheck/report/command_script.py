@@ -60,7 +60,7 @@ def command_trainers(path: Path, runs: Sequence[TrainExperiment]) -> list[str] |
 
 def _train(subject: CommandSubject, run: TrainExperiment, place: Path) -> str:
     from dpocheck.command.subject import Run
-    from dpocheck.subject import checkpoints
+    from dpocheck.probes.handed import checkpoints
 
     paths = checkpoints(run, place)
     here = place / "run"

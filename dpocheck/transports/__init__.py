@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpocheck.experiment import Experiment, TrainExperiment, to_plain
+from dpocheck.experiment import Experiment, TrainExperiment
+from dpocheck.probes.handed import request
 from dpocheck.worker import failure
 
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -61,12 +62,6 @@ class Transport(Protocol):
         return None
 
     def close(self) -> None: ...
-
-
-def request(experiment: Experiment, paths: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """The payload of an `observe` request."""
-    named = {name: str(path) for name, path in paths.items()}
-    return {"experiment": to_plain(experiment), "folder": str(folder)} | named
 
 
 def against_ranks(transport: Transport) -> str | None:

@@ -19,7 +19,8 @@ import numpy as np
 
 from dpocheck.experiment import Experiment, TrainExperiment
 from dpocheck.probes import tables
-from dpocheck.transports import Broken, Refused, Reply, Transport, request
+from dpocheck.probes.handed import request
+from dpocheck.transports import Broken, Refused, Reply, Transport
 from dpocheck.transports.isolated import SubjectError, Worker, WorkerDied
 
 GRACE = 5.0  # seconds for the other ranks to answer or to raise, once one has failed
@@ -36,7 +37,7 @@ class InRanks(Transport):
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         assert isinstance(experiment, TrainExperiment)
         asked = {"subject": self.subject, "rng_seed": number} | request(experiment, paths, folder)
-        return self.ranks.call(asked, experiment)
+        return self.ranks.call(asked, experiment, keep=self.about.get("keeps_group", False))
 
     def close(self) -> None:
         self.ranks.close()
@@ -50,8 +51,11 @@ class Ranks:
         self.workers: dict[int, list[Worker]] = {}  # number of ranks -> one worker each
         self.lock = threading.Lock()
 
-    def call(self, payload: dict[str, Any], experiment: TrainExperiment) -> Reply:
-        """Have all ranks answer.  Raises Refused or Broken; the reason says which rank it was."""
+    def call(self, payload: dict[str, Any], experiment: TrainExperiment, *, keep: bool) -> Reply:
+        """Have all ranks answer.  `keep`: the group that the trainer stays in serves its next run too.
+
+        Raises Refused or Broken; the reason says which rank it was.
+        """
         ranks = experiment.recipe.world_size
         with self.lock:
             if ranks not in self.workers:
@@ -59,7 +63,7 @@ class Ranks:
             again = False
             try:
                 replies = _ask(self.workers[ranks], payload | {"port": _free_port()})
-                again = not any(reply.get("in_group") for reply, _ in replies)
+                again = keep or not any(reply.get("in_group") for reply, _ in replies)
             finally:
                 if not again:  # who is still in a group, or failed in one, cannot join another
                     self._end(ranks)

@@ -87,8 +87,7 @@ def watch(value: Any) -> Any:
 
 
 def _ask(adapter: Any, experiment: Experiment) -> None:
-    from dpocheck.subject import checkpoints
-    from dpocheck.transports import request
+    from dpocheck.probes.handed import checkpoints, request
     from dpocheck.worker import answer
 
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:

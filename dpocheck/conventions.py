@@ -77,6 +77,35 @@ def _chat(theory: Theory) -> Experiment:
                    recipe=replace(run.recipe, batch=1))  # fmt: skip
 
 
+def _bos(theory: Theory) -> Experiment:
+    return _text(adds_bos=True)
+
+
+def _text(*, adds_bos: bool) -> TrainExperiment:
+    """One text row, on a tokenizer that has a BOS; a glass table shows every token that was attended to."""
+    tokenizer = replace(scenes.WORDS, adds_bos=adds_bos)
+    used = [*range(8), tokenizer.bos, tokenizer.eos]
+    cells = [(u, v) for u in used for v in used]
+    table = [
+        scenes.Table(64, 0.0, tuple((u, v, scenes.generic(salt + i)) for i, (u, v) in enumerate(cells)))
+        for salt in (7, 95)
+    ]
+    recipe = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=1)
+    return TrainExperiment(table[0], table[1], tokenizer, (Row("a b", " c d", " e f"),), recipe, body=Body("glass"))
+
+
+def _bos_seen(subject: Subject) -> str | None:
+    """Which of two tokenizers, one that adds BOS and one that does not, had a BOS in the rows that were attended to."""
+    seen = []
+    for adds in (True, False):
+        run = subject.own(_text(adds_bos=adds))
+        attended = getattr(subject.observe(run), "attended", None)
+        if attended is None:
+            return None
+        seen.append(bool(np.any(attended[run.tokenizer.bos])))
+    return {(True, False): "tokenizer", (False, False): "none", (True, True): "added"}.get(tuple(seen))
+
+
 def _ipo(theory: Theory) -> Experiment:
     pairs = scenes.ragged()[1:3]
     recipe = Recipe(Objective("ipo", beta=0.5), learning_rate=scenes.ONE_STEP, batch=2)
@@ -149,6 +178,10 @@ QUESTIONS = (
         "joint": "prompt and completion are tokenized as one text",
         "apart": "prompt and completion are tokenized apart",
     }),
+    Question("CONV-BOS", "bos", "rows", "tokens", _bos, ("attended",), {
+        "tokenizer": "text rows start with BOS where the tokenizer adds one", "none": "text rows start without BOS",
+        "added": "text rows start with BOS, whatever the tokenizer does",
+    }, says="bos", decide=_bos_seen),
     Question("CONV-CHAT-EOS", "template_eos", "rows", "tokens", _chat, ("attended",), {
         "once": "chat rows end as their template ends them", "ensured": "EOS is added where the chat template has none",
     }),

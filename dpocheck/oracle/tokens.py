@@ -164,7 +164,7 @@ def _bos(tokenizer: Tokenizer, theory: Theory, chat: bool) -> tuple[list[int], l
     if theory.bos == "none":
         return [], []
     if theory.bos == "added":
-        return [tokenizer.bos], []
+        return [] if chat else [tokenizer.bos], []
     if theory.bos == "twice":
         return added * 2, []
     return added, added if theory.bos == "inside" else []

@@ -194,6 +194,34 @@ def tokenised_apart():
     return _but(tokenize=tokenize)
 
 
+@variant("text-without-bos-declared")
+def text_without_bos_declared():
+    """Text rows are tokenised without special tokens, and the documentation says so."""
+
+    def tokenize(text, tokenizer, row):
+        example, bos = mini.tokenize(text, tokenizer, row), (tokenizer.bos_token_id,)
+        if text.templated or example.chosen.ids[:1] != bos:
+            return example
+        chosen, rejected = (mini.Side(side.ids[1:], side.start - 1) for side in (example.chosen, example.rejected))
+        return replace(example, chosen=chosen, rejected=rejected)
+
+    return _but(tokenize=tokenize, says=_says(bos="none"))
+
+
+@variant("text-with-bos-declared")
+def text_with_bos_declared():
+    """Text rows start with BOS, whatever the tokenizer does by itself, and the documentation says so."""
+
+    def tokenize(text, tokenizer, row):
+        example, bos = mini.tokenize(text, tokenizer, row), (tokenizer.bos_token_id,)
+        if text.templated or example.chosen.ids[:1] == bos:
+            return example
+        chosen, rejected = (mini.Side(bos + side.ids, side.start + 1) for side in (example.chosen, example.rejected))
+        return replace(example, chosen=chosen, rejected=rejected)
+
+    return _but(tokenize=tokenize, says=_says(bos="added"))
+
+
 @variant("warm-up-from-zero")
 def warm_up_from_zero():
     """Warm-up starts at a rate of zero, as Hugging Face's schedules do."""

@@ -13,7 +13,7 @@ import torch
 
 from dpocheck.adapter import LossOut, PairBatch, Probe, Recipe, Says, StepOut, TokenBatch, TrainOut, Unsupported
 from dpocheck.adapter import Objective as Asked
-from reference_impl import TrainConfig, dpo, train
+from reference_impl import TrainConfig, dpo, processes, train
 from reference_impl.checkpoint import FINAL
 from reference_impl.config import LoraSettings
 from reference_impl.logps import RowBatch, chunked_row_logps
@@ -87,8 +87,8 @@ def settings(objective: Asked) -> TrainConfig:
 
 def config(recipe: Recipe, folder: Path) -> TrainConfig:
     """The whole config that a recipe asks for."""
-    if recipe.world_size != 1:
-        raise Unsupported("several processes")
+    if recipe.world_size != processes.number():
+        raise Unsupported(f"{recipe.world_size} processes where torchrun has started {processes.number()}")
     lora = recipe.lora and LoraSettings(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets)
     asked: dict[str, Any] = {}
     if recipe.optimizer == "adamw":

@@ -13,9 +13,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from reference_impl.checkpoint import FINAL, CheckpointError, save_policy
+from reference_impl.checkpoint import FINAL, CheckpointError
 from reference_impl.config import to_yaml
-from reference_impl.files import whole_folder
+from reference_impl.processes import OtherProcessError
+from reference_impl.shards import shared_folder
+from reference_impl.weights import save_policy
 
 if TYPE_CHECKING:
     from reference_impl.prepare import Run
@@ -38,13 +40,17 @@ def save_final(run: Run, rows: list[dict[str, Any]]) -> Path:
     target = run.folder / FINAL
     facts = {"command": command_line(), "identity": run.identity, "versions": versions(), "step": run.total_steps}
     try:
-        with whole_folder(target, facts) as writing:
-            save_policy(run.policy, writing)
-            (writing / "train_config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-            (writing / "README.md").write_text(model_card(run, rows), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        with shared_folder(target, facts, run.crew) as writing:
+            save_policy(run.policy, writing, run.crew)
+            run.crew.together(lambda: _describe(run, rows, writing) if run.crew.first else None)
+    except (OSError, SafetensorError, OtherProcessError) as error:
         raise CheckpointError(f"{target} could not be written ({error}): make room, run the same command") from error
     return target
+
+
+def _describe(run: Run, rows: list[dict[str, Any]], folder: Path) -> None:
+    (folder / "train_config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run, rows), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

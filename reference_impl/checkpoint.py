@@ -14,19 +14,23 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from reference_impl import randomness
 from reference_impl.config import ConfigError, TrainConfig, load_config
-from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers, whole_folder
+from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers
 from reference_impl.metrics import from_line, to_line
-from reference_impl.models import Policy, dtype_argument, is_peft
 from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
+from reference_impl.processes import OtherProcessError, is_loss
+from reference_impl.shards import save_tensors, shared_folder
+from reference_impl.weights import load_policy, save_policy
+
+if TYPE_CHECKING:
+    from reference_impl.prepare import Run
 
 log = logging.getLogger("reference_impl")
 FINAL = "final"
@@ -38,6 +42,7 @@ MAY_DIFFER = frozenset(
         *("model", "reference", "tokenizer", "train", "eval", "output_dir", "device", "batch", "accumulation"),
         *("logps", "reference_batch", "reference_cache", "eval_batch", "eval_every", "eval_at_start", "confidence"),
         *("save_every", "keep_last", "resume", "print_every", "trackers", "gradient_checkpointing"),
+        *("shard", "cpu_offload"),
     ]
 )
 
@@ -94,33 +99,30 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(
-    folder: Path, state: State, policy: Policy, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict
-) -> Path:
+def save_checkpoint(run: Run, state: State) -> Path:
     """Writes checkpoint-<step> in one piece, then removes those beyond keep_last.
 
     Raises:
         CheckpointError: the disk is full or gone; earlier checkpoints are whole.
     """
-    target = folder / f"checkpoint-{state.step:08d}"
+    target, crew = run.folder / f"checkpoint-{state.step:08d}", run.crew
     facts = {
         "step": state.step,
         "position": dataclasses.asdict(state.position),
-        "identity": identity,
-        "config": dataclasses.asdict(config),
+        "identity": run.identity,
+        "config": dataclasses.asdict(run.config),
     }
     try:
-        with whole_folder(target, facts) as writing:
-            save_policy(policy, writing)
-            (writing / "trainer").mkdir()
-            save_file(optimizer_state(policy.model, optimizer), writing / "trainer" / "optimizer.safetensors")
-            save_file(randomness.capture(), writing / "trainer" / "generators.safetensors")
-            lines = "".join(to_line(row) for row in state.history)
-            (writing / "trainer" / "history.jsonl").write_text(lines, encoding="utf-8")
-        if config.keep_last is not None:
-            for old in list(checkpoints(folder).values())[: -config.keep_last]:
-                remove_folder(old)
-    except (OSError, SafetensorError) as error:
+        with shared_folder(target, facts, crew) as writing:
+            save_policy(run.policy, writing, crew)
+            inside = writing / "trainer"
+            crew.together(lambda: inside.mkdir() if crew.first else None)
+            save_tensors(optimizer_state(run.policy.model, run.optimizer), inside, "optimizer", crew)
+            crew.together(lambda: _save_state(inside, state) if crew.first else None)
+        if run.config.keep_last is not None:
+            old = list(checkpoints(run.folder).values())[: -run.config.keep_last]
+            crew.together(lambda: [remove_folder(path) for path in old] if crew.first else None)
+    except (OSError, SafetensorError, OtherProcessError) as error:
         raise CheckpointError(
             f"{target} could not be written ({error}); nothing of it is left and earlier checkpoints are whole: "
             "make room, then run the same command to go on"
@@ -128,18 +130,10 @@ def save_checkpoint(
     return target
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Model and tokenizer as from_pretrained loads them, the config's own dropout settings included."""
-    if is_peft(policy.model):
-        policy.model.save_pretrained(folder, selected_adapters=[policy.model.active_adapter])
-    else:
-        policy.model.save_pretrained(folder)
-        file = folder / "config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings |= {name: value for name, value in policy.config_dropout.items() if name in settings}
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if policy.tokenizer is not None and hasattr(policy.tokenizer, "save_pretrained"):
-        policy.tokenizer.save_pretrained(folder)
+def _save_state(folder: Path, state: State) -> None:
+    save_file(randomness.capture(), folder / "generators.safetensors")
+    lines = "".join(to_line(row) for row in state.history)
+    (folder / "history.jsonl").write_text(lines, encoding="utf-8")
 
 
 def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
@@ -174,39 +168,33 @@ def find_checkpoint(config: TrainConfig, folder: Path | None) -> Path | None:
     return None
 
 
-def load_checkpoint(
-    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, config: TrainConfig, identity: dict[str, Any]
-) -> State:
+def load_checkpoint(path: Path, run: Run) -> State:
     """Puts policy, optimizer and generators where they were; returns where the run stands.
 
     Raises:
         CheckpointError: it belongs to another model, data set or config.
     """
-    facts = check_folder(path)
-    _same_config(path, facts, config)
-    _same_inputs(path, facts, identity)
+    crew = run.crew
+    facts = crew.tell(crew.together(lambda: _checked(path, run) if crew.first else None))
     try:
-        load_policy(policy, path)
-        load_optimizer_state(policy.model, optimizer, load_file(path / "trainer" / "optimizer.safetensors"))
-        randomness.restore(load_file(path / "trainer" / "generators.safetensors"))
+        load_policy(run.policy, path, crew)
+        files = sorted((path / "trainer").glob("optimizer*.safetensors"))
+        crew.together(lambda: load_optimizer_state(run.policy.model, run.optimizer, files))
+        crew.together(lambda: randomness.restore(load_file(path / "trainer" / "generators.safetensors")))
         lines = (path / "trainer" / "history.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_loss(error):
+            raise
         raise CheckpointError(f"{path} cannot be continued from: {error}") from error
     return State(facts["step"], Position(**facts["position"]), [from_line(line) for line in lines])
 
 
-def load_policy(policy: Policy, folder: Path) -> None:
-    """Copies the weights of a checkpoint into the live model."""
-    model = policy.model
-    if is_peft(model):
-        import peft
-
-        weights = load_file(folder / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
-        return
-    # Through the model's own loader: it undoes what save_pretrained did to names and shapes.
-    saved = type(model).from_pretrained(folder, **dtype_argument(next(model.parameters()).dtype))
-    model.load_state_dict(saved.state_dict())
+def _checked(path: Path, run: Run) -> dict[str, Any]:
+    """The facts of a whole checkpoint of this run."""
+    facts = check_folder(path)
+    _same_config(path, facts, run.config)
+    _same_inputs(path, facts, run.identity)
+    return facts
 
 
 def _same_inputs(path: Path, facts: dict[str, Any], identity: dict[str, Any]) -> None:

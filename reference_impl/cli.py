@@ -2,6 +2,8 @@
 
 Exit codes: 0 trained, 2 a setting, row, model or file was refused before training, 1 training could not go on,
 143 ended by SIGTERM after a checkpoint (the same command goes on).
+
+Under torchrun all processes run this; what a person is to read comes from one of them.
 """
 
 from __future__ import annotations
@@ -114,6 +116,7 @@ def _train(config: TrainConfig) -> int:
     from reference_impl.data import DataError
     from reference_impl.files import DiskError
     from reference_impl.models import ModelError
+    from reference_impl.processes import LostProcessError, OtherProcessError
     from reference_impl.progress import Screen
     from reference_impl.training import TrainingError, train
 
@@ -123,29 +126,43 @@ def _train(config: TrainConfig) -> int:
             result = train(config, watcher=screen)
         except (ConfigError, DataError, ModelError) as error:
             return _refused(error, 2, screen)
-        except (CheckpointError, DiskError, TrainingError) as error:
+        except (CheckpointError, DiskError, TrainingError, LostProcessError, OtherProcessError) as error:
             return _refused(error, 1, screen)
     if result.stopped:
         step, path = max(result.checkpoints.items())
-        click.echo(f"stopped after step {step}; saved {path}; the same command goes on from there")
+        _say(f"stopped after step {step}; saved {path}; the same command goes on from there")
         return 143
-    click.echo(f"model: {result.final}")
+    _say(f"model: {result.final}")
     return 0
 
 
 def _refused(error: Exception, code: int, screen: Screen | None = None) -> int:
     if screen is not None:
         screen.close()
-    if os.environ.get("RANK", "0") == "0":  # one message, however many processes a launcher has started
+    if _speaks():
         click.echo(f"dpo-train: {' '.join(str(error).split())}", err=True)
     return code
+
+
+def _speaks() -> bool:
+    """One message, however many processes a launcher has started."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from reference_impl.processes import speaks_first
+
+    return speaks_first()
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(line)
 
 
 def _log_to_stderr() -> None:
     logger = logging.getLogger("reference_impl")
     if not logger.handlers:
         logger.addHandler(_Stderr())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 class _Stderr(logging.Handler):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +91,9 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps."""
     batch: int = 4
-    """Pairs in a forward pass."""
+    """Pairs in a forward pass of one process."""
     accumulation: int = 1
-    """Forward passes in an optimizer step."""
+    """Forward passes in an optimizer step: it has batch × accumulation pairs, which several processes share."""
     last_step: Literal["keep", "drop"] = "keep"
     """An epoch's last optimizer step when too few pairs are left for it: made of those, or left out."""
     shuffle: bool = True
@@ -109,6 +108,10 @@ class TrainConfig:
     """How completions are scored; auto: chunked where the architecture's head is known."""
     device: str = "auto"
     """A torch device; auto: a GPU if there is one.  A live model stays where it is."""
+    shard: int | None = None
+    """Of several processes, how many share one copy of the weights; null: all.  Fewer: each group has a copy."""
+    cpu_offload: bool = False
+    """Of several processes, each keeps its part of weights and optimizer in the computer's memory, not the GPU's."""
 
     # Data
     max_length: int | None = 1024
@@ -245,15 +248,6 @@ def _combination_problems(c: TrainConfig) -> Any:
     for name in c.trackers:
         if name not in TRACKERS:
             yield f"trackers has {name!r}, but knows {', '.join(TRACKERS)}; metrics.jsonl is always written"
-
-
-def check_processes() -> None:
-    """Raises ConfigError where a launcher has started several processes: each would train a model of its own."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"{processes} processes were started (WORLD_SIZE={processes}), but a run has one: start it without torchrun"
-        )
 
 
 def check_folders(config: TrainConfig) -> None:

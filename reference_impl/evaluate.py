@@ -18,6 +18,8 @@ from reference_impl.logps import pair_logps
 from reference_impl.metrics import PairSums
 from reference_impl.models import Policy, evaluating
 from reference_impl.objectives import OBJECTIVES, PairLogps, score_pairs
+from reference_impl.order import Part, parts
+from reference_impl.processes import Processes
 from reference_impl.reference import Reference
 
 
@@ -26,7 +28,7 @@ def judge(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of pairs (pair,), with their graph where gradients are on, and the metrics of each pair."""
     with policy.precision():
-        policy_w, policy_l = pair_logps(policy.model, pairs, pad_id=policy.pad_id, path=config.logps)
+        policy_w, policy_l = pair_logps(policy.model, pairs, pad_id=policy.pad_id, path=policy.path)
     named = {"policy_w": policy_w, "policy_l": policy_l}
     reference_w = reference_l = None
     if OBJECTIVES[config.objective].reference:
@@ -39,8 +41,18 @@ def judge(
     return scored.losses, dpo.metrics(named, scored.reward_w, scored.reward_l, scored.losses)
 
 
+def judge_part(
+    policy: Policy, reference: Reference | None, pairs: Sequence[TokenPair], part: Part, config: TrainConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`judge` of a part of the pairs; an idle part gives no loss and no value, but the graph of a forward pass."""
+    losses, values = judge(policy, reference, [pairs[index] for index in part.indices], config)
+    if part.idle:
+        return losses[:0], {name: value[:0] for name, value in values.items()}
+    return losses, values
+
+
 def evaluate(
-    policy: Policy, reference: Reference | None, pairs: Sequence[TokenPair], config: TrainConfig
+    policy: Policy, reference: Reference | None, pairs: Sequence[TokenPair], config: TrainConfig, crew: Processes
 ) -> dict[str, float]:
     """Means over all pairs, whatever the size of the batches, and intervals that cover with config.confidence.
 
@@ -48,18 +60,18 @@ def evaluate(
     Pearson's exact interval of a proportion.  Both take the pairs for independent.
     """
     generators = randomness.capture()
-    sums, losses, right = PairSums(), [], 0
-    size = config.eval_batch or config.batch
+    sums, losses, right, size = PairSums(), [], [], config.eval_batch or config.batch
     with evaluating(policy.model):
-        for start in range(0, len(pairs), size):
-            _, values = judge(policy, reference, pairs[start : start + size], config)
+        for part in parts(range(len(pairs)), size, crew.rank, crew.world):
+            _, values = judge_part(policy, reference, pairs, part, config)
             sums.add(values)
             losses.append(values["loss"].double().cpu())
-            right += int(values["rewards/accuracies"].sum().item())
+            right.append(values["rewards/accuracies"].double().cpu())
     randomness.restore(generators)
-    means = sums.means()
-    low, high = mean_interval(torch.cat(losses), config.confidence)
-    below, above = proportion_interval(right, len(pairs), config.confidence)
+    means = sums.means(crew)
+    low, high = mean_interval(torch.cat(crew.gather(torch.cat(losses))), config.confidence)
+    successes = int(torch.cat(crew.gather(torch.cat(right))).sum())
+    below, above = proportion_interval(successes, len(pairs), config.confidence)
     return {
         **means,
         "loss/low": low,

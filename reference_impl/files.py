@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +64,41 @@ def whole_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     The manifest holds `facts` and the size and SHA-256 of every file.  Every file is on the disk before the rename.
     After an error nothing is left.  An older `target` is replaced.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f"{WRITING}{target.name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder = begin(target)
     try:
         yield folder
-        manifest = {"facts": facts, "files": {name: _digest(folder / name) for name in _names(folder)}}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        for name in [*_names(folder), MANIFEST]:
-            _sync(folder / name)
-        for sub in sorted({path.parent for path in folder.rglob("*")} | {folder}):
-            _sync(sub)
-        if target.exists():
-            remove_folder(target)
-        folder.rename(target)
-        _sync(target.parent)
+        seal(folder, target, facts, {name: digest(folder / name) for name in names(folder)})
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def writing_folder(target: Path) -> Path:
+    """Where the files of `target` are written until they are all there."""
+    return target.parent / f"{WRITING}{target.name}"
+
+
+def begin(target: Path) -> Path:
+    """An empty folder beside `target`, to be sealed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = writing_folder(target)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def seal(folder: Path, target: Path, facts: dict[str, Any], digests: dict[str, dict[str, Any]]) -> None:
+    """Makes a written folder `target`, with a manifest of its files."""
+    manifest = {"facts": facts, "files": digests}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    for name in [*names(folder), MANIFEST]:
+        sync(folder / name)
+    for sub in sorted({path.parent for path in folder.rglob("*")} | {folder}):
+        sync(sub)
+    if target.exists():
+        remove_folder(target)
+    folder.rename(target)
+    sync(target.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -113,28 +130,32 @@ def check_folder(folder: Path) -> dict[str, Any]:
         files, facts = manifest["files"], manifest["facts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder} has no readable {MANIFEST}: {error}") from error
-    for name, expected in files.items():
+    def check(name: str) -> None:
         try:
-            found = _digest(folder / name)
+            found = digest(folder / name)
         except OSError as error:
             raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from error
-        if found != expected:
+        if found != files[name]:
             raise DamagedError(f"{folder / name} is not the file that was written ({found['bytes']} bytes)")
+
+    # A checkpoint of many processes has many large files; hashing leaves the interpreter free for other threads.
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, files))
     return facts
 
 
-def _names(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
     )
 
 
-def _digest(file: Path) -> dict[str, Any]:
+def digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

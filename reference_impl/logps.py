@@ -24,6 +24,8 @@ from reference_impl import dpo
 if TYPE_CHECKING:
     from reference_impl.data import TokenPair
 
+Path = str | Callable[[nn.Module, "RowBatch"], Tensor]
+
 LOGITS_AT_ONCE = 2**24
 """Greatest number of logits held at a time by the chunked path: 64 MiB in float32."""
 
@@ -80,7 +82,7 @@ def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, de
 
 
 def pair_logps(
-    model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int, path: str = "auto"
+    model: nn.Module, pairs: Sequence[TokenPair], *, pad_id: int, path: Path = "auto"
 ) -> tuple[Tensor, Tensor]:
     """log π(y_w|x) and log π(y_l|x) of each pair: sums over the completions' tokens, in nats.
 
@@ -88,14 +90,14 @@ def pair_logps(
         model: a causal LM of transformers, or of peft around one.
         pairs: token rows; each needs a prompt token and a token in both completions.
         pad_id: any id below the vocabulary's size; masked wherever it is used as padding.
-        path: 'auto' (see `choose_path`), or a name of PATHS.
+        path: 'auto' (see `choose_path`), a name of PATHS, or a function like those.
     Returns:
         chosen (pair,) and rejected (pair,); float64 for a float64 model, float32 for all others.
     """
     rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     batch = collate(rows, pad_id, next(model.parameters()).device)
     name = choose_path(model)[0] if path == "auto" else path
-    logps = PATHS[name](model, batch)
+    logps = (PATHS[name] if isinstance(name, str) else name)(model, batch)
     return logps[: len(pairs)], logps[len(pairs) :]
 
 

@@ -1,7 +1,7 @@
 """What was measured over many pairs, exactly?  Sums and counts, divided once.
 
-A mean over pairs is Σ value / Σ 1 over all micro-batches (and, one day, all processes: both sums add up), never a mean
-of means, so it does not depend on how the pairs were split.
+A mean over pairs is Σ value / Σ 1 over all micro-batches and all processes, never a mean of means, so it does not
+depend on how the pairs were split.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reference_impl.config import ConfigError, TrainConfig
 from reference_impl.files import append_text, write_text
+from reference_impl.processes import ALONE, Processes
 
 
 class PairSums:
@@ -34,8 +36,13 @@ class PairSums:
             total = value.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
-    def means(self) -> dict[str, float]:
-        return {name: total.item() / self.pairs for name, total in self._sums.items()}
+    def means(self, crew: Processes = ALONE) -> dict[str, float]:
+        """The means over the pairs of all processes."""
+        if crew.world == 1:
+            return {name: total.item() / self.pairs for name, total in self._sums.items()}
+        totals = torch.stack(list(self._sums.values()))
+        pairs, *totals = crew.add(torch.cat([totals.new_tensor([self.pairs]), totals])).tolist()
+        return {name: total / pairs for name, total in zip(self._sums, totals, strict=True)}
 
 
 class History:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from reference_impl.config import ConfigError, TrainConfig
+from reference_impl.logps import Path as ScorePath
 from reference_impl.logps import unwrapped
 
 log = logging.getLogger("reference_impl")
@@ -35,7 +36,10 @@ class ModelError(ValueError):
 class Policy:
     """The model being trained and what belongs to it.
 
+    path: how its rows are scored, see logps.pair_logps.
+    device: where it computes.
     config_dropout: dropout settings of the model's config before they were set to 0, for what is saved.
+    whole: a live model that was passed, where `model` is a copy of it in parts; else `model` itself.
     undo: calls that give the model back as it came, last first.
     """
 
@@ -43,11 +47,14 @@ class Policy:
     tokenizer: Any
     pad_id: int
     dtype: str
+    path: ScorePath
+    device: torch.device
+    whole: nn.Module
     config_dropout: dict[str, Any] = field(default_factory=dict)
     undo: list[Any] = field(default_factory=list)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        return precision(self.dtype, next(self.model.parameters()).device)
+        return precision(self.dtype, self.device)
 
     def give_back(self) -> None:
         while self.undo:
@@ -120,6 +127,23 @@ def load_model(source: str, dtype: str, device: torch.device) -> nn.Module:
     return model.to(device)
 
 
+def load_skeleton(source: str, dtype: str) -> nn.Module:
+    """The model of load_model without its weights, on the meta device: another process reads and sends them.
+
+    An adapter comes with its weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (Path(source) / "adapter_config.json").is_file():
+        return load_model(source, dtype, torch.device("cpu"))
+    try:
+        settings = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(settings, **dtype_argument(WEIGHTS[dtype]))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"no causal language model can be made from {source!r}: {_first_line(error)}") from error
+
+
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The keyword of from_pretrained for the weights' dtype; transformers 4.56 renamed it."""
     import transformers
@@ -132,7 +156,7 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 def check_model(model: nn.Module, tokenizer: Any, role: str) -> None:
     """Raises ModelError for weights that are not finite, and for a vocabulary larger than the embedding."""
     for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise ModelError(f"the {role}'s weight {name} has NaN or infinite values: the checkpoint is damaged")
     embeddings = unwrapped(model).get_input_embeddings()
     rows = embeddings.num_embeddings if hasattr(embeddings, "num_embeddings") else embeddings.weight.shape[0]
@@ -167,7 +191,7 @@ def prepare_policy(model: nn.Module, tokenizer: Any, pad_id: int, config: TrainC
         check_adapter(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("no parameter of the policy requires a gradient: nothing would be trained")
-    policy = Policy(model, tokenizer, pad_id, config.dtype)
+    policy = Policy(model, tokenizer, pad_id, config.dtype, config.logps, next(model.parameters()).device, model)
     modes = {module: module.training for module in model.modules()}
     policy.undo.append(lambda: _restore_modes(modes))
     model.train()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from reference_impl.config import TrainConfig
+from reference_impl.shards import fill
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -49,6 +53,8 @@ def clip_gradient(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> 
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):  # each process knows the norm of its part
+        norm = norm.full_tensor()
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm.item()
@@ -65,15 +71,20 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of optimizer_state.
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, files: Iterable[Path]) -> None:
+    """The inverse of optimizer_state, from the files that its tensors are in.
 
     Raises:
-        KeyError: a state of a parameter that the model does not train.
+        KeyError: a state of a parameter that the model does not train; RuntimeError: one of another shape.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("::", 1)
-        parameter = trained[name]
-        # torch keeps AdamW's step count on the CPU, everything else beside the parameter.
-        optimizer.state[parameter][key] = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for full_name in stored.keys():  # noqa: SIM118 (not a dict)
+                name, key = full_name.rsplit("::", 1)
+                state = optimizer.state[trained[name]]
+                if key == "step":  # torch keeps AdamW's step count on the CPU, everything else beside the parameter
+                    state[key] = stored.get_tensor(full_name)
+                else:
+                    state[key] = torch.empty_like(trained[name].detach())
+                    fill(state[key], stored.get_slice(full_name))

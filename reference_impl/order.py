@@ -1,13 +1,13 @@
 """Which pairs does each optimizer step see?  A pure function of the seed, the epoch and how many pairs came before.
 
 No generator runs along with the training, so a run is continued from two numbers (epoch, pairs consumed), whatever the
-size of its micro-batches.  An optimizer step never takes pairs of two epochs.
+size of its micro-batches and the number of its processes.  An optimizer step never takes pairs of two epochs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,29 @@ class Window:
     indices: tuple[int, ...]
     after: Position
 
-    def micro_batches(self, size: int) -> list[tuple[int, ...]]:
-        """Consecutive parts of at most `size` pairs; the last may be smaller."""
-        return [self.indices[start : start + size] for start in range(0, len(self.indices), size)]
+
+@dataclass(frozen=True)
+class Part:
+    """What one process scores in one forward pass.
+
+    idle: it has no pair left while others have, and scores one that counts nothing, since every process has to take
+    part in every forward and backward pass.
+    """
+
+    indices: tuple[int, ...]
+    idle: bool = False
+
+
+def parts(indices: Sequence[int], size: int, rank: int = 0, world: int = 1) -> list[Part]:
+    """One process's share of some pairs, in consecutive parts of at most `size`; the last may be smaller.
+
+    The shares of the processes, by rank, are the indices in order, and differ by at most one pair.  Every process gets
+    the same number of parts.
+    """
+    share = indices[len(indices) * rank // world : len(indices) * (rank + 1) // world]
+    mine = [Part(tuple(share[start : start + size])) for start in range(0, len(share), size)]
+    largest = -(-len(indices) // world)
+    return mine + [Part((indices[0],), idle=True)] * (-(-largest // size) - len(mine))
 
 
 def epoch_order(pairs: int, seed: int, epoch: int, shuffle: bool) -> list[int]:

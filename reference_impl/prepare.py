@@ -14,16 +14,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from reference_impl import models
+from reference_impl import models, parallel
 from reference_impl.checkpoint import close_folder
 from reference_impl.config import RESERVED_SPLITS, ConfigError, TrainConfig
-from reference_impl.data import PairData, TokenPair, load_pairs
+from reference_impl.data import DataError, PairData, TokenPair, load_pairs
 from reference_impl.files import write_text
 from reference_impl.logps import unwrapped
 from reference_impl.models import ModelError, Policy
 from reference_impl.objectives import OBJECTIVES
 from reference_impl.optimize import build_optimizer
 from reference_impl.order import steps_per_epoch
+from reference_impl.processes import OtherProcessError, Processes
 from reference_impl.refcache import cache_key, cached_reference
 from reference_impl.reference import OnlineReference, Reference, online_reference
 
@@ -34,11 +35,13 @@ log = logging.getLogger("reference_impl")
 class Run:
     """Everything the loop needs.
 
+    folder: the same for all processes; the first one writes.
     references: data set's name ('train' or a held-out set's) → its frozen reference; empty for an objective without.
     identity: hashes by which a checkpoint knows its run.
     """
 
     config: TrainConfig
+    crew: Processes
     folder: Path | None
     policy: Policy
     references: dict[str, Reference]
@@ -53,12 +56,13 @@ class Run:
         for reference in {id(r): r for r in self.references.values()}.values():
             reference.close()
         self.policy.give_back()
-        if self.folder is not None:
+        if self.folder is not None and self.crew.first:
             close_folder(self.folder)
 
 
 def prepare(
     config: TrainConfig,
+    crew: Processes,
     folder: Path | None,
     model: nn.Module | None,
     reference: nn.Module | None,
@@ -67,6 +71,34 @@ def prepare(
     eval_rows: Any,
 ) -> Run:
     """Reads data before models, and checks everything that can be checked before the first step."""
+    live = model is not None
+    train, held_out, tokenizer, pad_id, total_steps = crew.together(
+        lambda: _data(config, folder if crew.first else None, model, reference, tokenizer, train_rows, eval_rows)
+    )
+    sets = {"train": train, **held_out}
+    _same_everywhere(crew, {name: data.fingerprint for name, data in sets.items()}, DataError)
+    policy = crew.together(lambda: _policy(config, crew, folder, model, tokenizer, pad_id, sets))
+    try:
+        given = crew.together(lambda: _given_reference(config, crew, policy, reference, tokenizer))
+        identity = _identity(crew, folder, policy, given, live) | {"data": train.fingerprint}
+        references = _references(config, crew, folder, policy, given, sets, live)
+    except BaseException:
+        policy.give_back()
+        raise
+    optimizer = build_optimizer(policy.model, config)
+    return Run(config, crew, folder, policy, references, train, held_out, optimizer, total_steps, identity)
+
+
+def _data(
+    config: TrainConfig,
+    folder: Path | None,
+    model: nn.Module | None,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    train_rows: Any,
+    eval_rows: Any,
+) -> tuple[PairData, dict[str, PairData], Any, int, int]:
+    """Training pairs, held-out sets, tokenizer, the id to pad with and the number of steps."""
     _check_inputs(config, model, reference, train_rows)
     tokenizer = tokenizer or _own_tokenizer(config, model, train_rows)
     pad_id = models.check_tokenizer(tokenizer) if tokenizer is not None else _pad_id(model)
@@ -79,30 +111,68 @@ def prepare(
     per_epoch = steps_per_epoch(len(train.pairs), config.pairs_per_step, config.last_step)
     total_steps = config.steps or (config.epochs or 1) * per_epoch
     _check_steps(config, len(train.pairs), per_epoch, total_steps)
+    return train, held_out, tokenizer, pad_id, total_steps
 
-    device = models.pick_device(config.device)
-    model = model if model is not None else models.load_model(config.model, config.dtype, device)
+
+def _policy(
+    config: TrainConfig,
+    crew: Processes,
+    folder: Path | None,
+    model: nn.Module | None,
+    tokenizer: Any,
+    pad_id: int,
+    sets: dict[str, PairData],
+) -> Policy:
+    model = model if model is not None else _load(config.model, config, crew)
     models.check_model(model, tokenizer, "policy")
-    if folder is not None:
+    if folder is not None and crew.first:
         models.check_can_be_saved(model)
-    _check_ids(model, {"train": train, **held_out})
-    policy = models.prepare_policy(model, tokenizer, pad_id, config)
-    try:
-        if reference is None and config.reference is not None:
-            reference = models.load_model(config.reference, config.dtype, next(policy.model.parameters()).device)
-        if reference is not None:
-            models.check_model(reference, tokenizer, "reference")
-        identity = {
-            "policy": models.weights_hash(policy.model) if folder is not None else None,
-            "reference": models.weights_hash(reference) if folder is not None and reference is not None else "policy",
-            "data": train.fingerprint,
-        }
-        references = _references(config, folder, policy, reference, {"train": train, **held_out})
-    except BaseException:
-        policy.give_back()
-        raise
-    optimizer = build_optimizer(policy.model, config)
-    return Run(config, folder, policy, references, train, held_out, optimizer, total_steps, identity)
+    _check_ids(model, sets)
+    return models.prepare_policy(model, tokenizer, pad_id, config)
+
+
+def _given_reference(
+    config: TrainConfig, crew: Processes, policy: Policy, reference: nn.Module | None, tokenizer: Any
+) -> nn.Module | None:
+    if reference is None and config.reference is not None:
+        reference = _load(config.reference, config, crew, policy.device)
+    if reference is not None:
+        models.check_model(reference, tokenizer, "reference")
+    return reference
+
+
+def _load(source: str, config: TrainConfig, crew: Processes, device: torch.device | None = None) -> nn.Module:
+    """A model from a folder or the hub.  Of several processes the first reads the weights, into the computer's memory;
+    laying them out sends each process its part."""
+    if crew.world == 1:
+        return models.load_model(source, config.dtype, device or models.pick_device(config.device))
+    if crew.first:
+        return models.load_model(source, config.dtype, torch.device("cpu"))
+    return models.load_skeleton(source, config.dtype)
+
+
+def _identity(
+    crew: Processes, folder: Path | None, policy: Policy, given: nn.Module | None, live: bool
+) -> dict[str, str | None]:
+    """Hashes of the models before training; where no folder is written nobody asks for them."""
+
+    def of(model: nn.Module) -> str | None:
+        known = folder is not None and not any(p.is_meta for p in model.parameters())
+        return models.weights_hash(model) if known else None
+
+    mine = {"policy": of(policy.model), "reference": "policy" if given is None else of(given)}
+    if live:
+        _same_everywhere(crew, mine, ModelError)
+    return crew.tell(mine)
+
+
+def _same_everywhere(crew: Processes, hashes: dict[str, str | None], kind: type[Exception]) -> None:
+    """Raises where processes were given different things: each trains on its share of what all have."""
+    said = crew.ask(hashes)
+    for rank, other in enumerate(said):
+        for name, known in said[0].items():
+            if known is not None and other.get(name) not in (known, None):
+                raise kind(f"{name} of process {rank} is not that of process 0: give all processes the same")
 
 
 def _tell_report(name: str, data: PairData, folder: Path | None) -> None:
@@ -115,25 +185,37 @@ def _tell_report(name: str, data: PairData, folder: Path | None) -> None:
 
 
 def _references(
-    config: TrainConfig, folder: Path | None, policy: Policy, given: nn.Module | None, sets: dict[str, PairData]
+    config: TrainConfig,
+    crew: Processes,
+    folder: Path | None,
+    policy: Policy,
+    given: nn.Module | None,
+    sets: dict[str, PairData],
+    live: bool,
 ) -> dict[str, Reference]:
-    if not OBJECTIVES[config.objective].reference:
-        return {}
-    if config.reference_logps == "online":
-        shared = online_reference(policy, given, config.logps)
-        return dict.fromkeys(sets, shared)
-    # Before the first step the policy is the reference: no copy is needed to ask it once.
-    source = OnlineReference(policy.model, policy, config.logps) if given is None else None
-    source = source or online_reference(policy, given, config.logps)
-    digest = models.weights_hash(source.model)
+    """The frozen references; from here on the models lie over the processes."""
+    wanted = OBJECTIVES[config.objective].reference
+    precomputed = wanted and config.reference_logps == "precomputed"
+    source: Reference | None = None
+    if precomputed and given is None:
+        # Before the first step the policy is the reference: no copy is needed to ask it once.
+        source = OnlineReference(policy.model, policy)
+    elif wanted:
+        source = crew.together(lambda: online_reference(policy, given))
+    digest = crew.tell(models.weights_hash(source.model) if precomputed and crew.first else None)
+    if crew.world > 1:
+        parallel.spread_run(policy, source, given, config, crew, live)
+    if not precomputed:
+        return dict.fromkeys(sets, source) if wanted else {}
     place = Path(config.reference_cache) if config.reference_cache else folder / "reference_cache"
     batch = config.reference_batch or config.batch
+
+    def cached(data: PairData) -> Reference:
+        return cached_reference(source, data, place, cache_key(digest, data, config.dtype, config.logps), batch, crew)
+
     try:
-        return {
-            name: cached_reference(source, data, place, cache_key(digest, data, config.dtype, config.logps), batch)
-            for name, data in sets.items()
-        }
-    except (OSError, SafetensorError) as error:
+        return {name: cached(data) for name, data in sets.items()}
+    except (OSError, SafetensorError, OtherProcessError) as error:
         words = getattr(error, "strerror", None) or error
         raise ConfigError(f"reference_cache {place} cannot be written: {words}") from error
     finally:

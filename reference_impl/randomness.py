@@ -23,7 +23,7 @@ def capture() -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([gauss], dtype=torch.float64),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states |= {f"torch.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {f"torch.cuda.{i}": torch.cuda.get_rng_state(device) for i, device in enumerate(_own_gpus())}
     return states
 
 
@@ -35,9 +35,17 @@ def restore(states: dict[str, Tensor]) -> None:
     position, has_gauss = states["numpy.position"].tolist()
     keys = states["numpy.keys"].numpy().astype(numpy.uint32)
     numpy.random.set_state(("MT19937", keys, position, has_gauss, states["numpy.gauss"].item()))
-    for name, state in states.items():
-        if name.startswith("torch.cuda.") and int(name.rsplit(".", 1)[1]) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(name.rsplit(".", 1)[1]))
+    if torch.cuda.is_available():
+        for i, device in enumerate(_own_gpus()):
+            if f"torch.cuda.{i}" in states:
+                torch.cuda.set_rng_state(states[f"torch.cuda.{i}"], device)
+
+
+def _own_gpus() -> list[int]:
+    """Of several processes each has one: to ask for another's generator would open that GPU here too."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return [torch.cuda.current_device()]
+    return list(range(torch.cuda.device_count()))
 
 
 @contextlib.contextmanager

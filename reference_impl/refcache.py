@@ -3,7 +3,7 @@
 The key is a hash of everything the numbers depend on: the reference's weights and settings, the token rows with their
 tokenizer and truncation, what is summed, and the precision.  A folder whose key, hashes or rows do not fit is made
 again, never used.  Values are found by the pair's row in its source: shuffling, resuming, other batch sizes and other
-numbers of processes read the same numbers.
+numbers of processes read the same numbers.  Of several processes the first reads and writes, and tells the others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch import Tensor
 from reference_impl.data import PairData, TokenPair
 from reference_impl.files import DamagedError, check_folder, whole_folder
 from reference_impl.models import ModelError
+from reference_impl.order import parts
+from reference_impl.processes import Processes
 from reference_impl.reference import Reference
 
 log = logging.getLogger("reference_impl")
@@ -59,9 +61,25 @@ def cache_key(reference_hash: str, data: PairData, dtype: str, path: str) -> str
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def cached_reference(source: Reference, data: PairData, folder: Path, key: str, batch: int) -> CachedReference:
+def cached_reference(
+    source: Reference, data: PairData, folder: Path, key: str, batch: int, crew: Processes
+) -> CachedReference:
     """The log-probs under `key`, from disk if they are there and whole, else from `source`, `batch` pairs at a time."""
     target = folder / key
+    found = crew.together(lambda: _find(target, data, key) if crew.first else None)
+    if crew.tell(found is not None):
+        return _reference(_same(found, data, crew))
+    made = _score(source, data, batch, crew)
+    bad = ~(made["chosen"].isfinite() & made["rejected"].isfinite())
+    if bad.any():
+        row = made["row"][bad][0].item()
+        raise ModelError(f"the reference gives row {row} a log-probability that is not finite")
+    crew.together(lambda: _write(target, key, made) if crew.first else None)
+    return _reference(made)
+
+
+def _find(target: Path, data: PairData, key: str) -> dict[str, Tensor] | None:
+    """The tensors on disk; None where they have to be made."""
     if target.exists():
         try:
             return _read(target, data, key)
@@ -69,28 +87,41 @@ def cached_reference(source: Reference, data: PairData, folder: Path, key: str, 
             log.warning("the reference's log-probs are made again: %s", error)
     else:
         log.info("the reference's log-probs are made once: %d pairs, kept in %s", len(data.pairs), target)
-    chosen, rejected = [], []
-    for start in range(0, len(data.pairs), batch):
-        logps_w, logps_l = source(data.pairs[start : start + batch])
-        chosen.append(logps_w.cpu())
-        rejected.append(logps_l.cpu())
-    tensors = {"row": _rows(data), "chosen": torch.cat(chosen), "rejected": torch.cat(rejected)}
-    bad = ~(tensors["chosen"].isfinite() & tensors["rejected"].isfinite())
-    if bad.any():
-        row = tensors["row"][bad][0].item()
-        raise ModelError(f"the reference gives row {row} a log-probability that is not finite")
+    return None
+
+
+def _score(source: Reference, data: PairData, batch: int, crew: Processes) -> dict[str, Tensor]:
+    """Each process scores its share; all get all."""
+    scored: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    for part in parts(range(len(data.pairs)), batch, crew.rank, crew.world):
+        both = source([data.pairs[index] for index in part.indices])
+        for side, logps in zip(scored.values(), both, strict=True):
+            side.append(logps.cpu()[:0] if part.idle else logps.cpu())
+    made = {name: torch.cat(crew.gather(torch.cat(logps))) for name, logps in scored.items()}
+    return {"row": _rows(data), **made}
+
+
+def _same(found: dict[str, Tensor] | None, data: PairData, crew: Processes) -> dict[str, Tensor]:
+    """What the first process found, in all of them."""
+    if crew.world == 1:
+        return found
+    wide = crew.tell(found and str(found["chosen"].dtype).removeprefix("torch."))
+    mine = found or dict.fromkeys(("chosen", "rejected"), torch.zeros(0, dtype=getattr(torch, wide)))
+    return {"row": _rows(data), **{name: crew.gather(mine[name])[0] for name in ("chosen", "rejected")}}
+
+
+def _write(target: Path, key: str, tensors: dict[str, Tensor]) -> None:
     with whole_folder(target, {"key": key}) as writing:
         save_file(tensors, writing / FILE)
-    return _reference(tensors)
 
 
-def _read(target: Path, data: PairData, key: str) -> CachedReference:
+def _read(target: Path, data: PairData, key: str) -> dict[str, Tensor]:
     if check_folder(target).get("key") != key:
         raise DamagedError(f"{target} was written under another key")
     tensors = load_file(target / FILE)
     if not torch.equal(tensors["row"], _rows(data)):
         raise DamagedError(f"{target} holds other rows")
-    return _reference(tensors)
+    return tensors
 
 
 def _rows(data: PairData) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reference_impl.data import TokenPair
 from reference_impl.logps import pair_logps
-from reference_impl.models import Policy, evaluating, is_peft, precision
+from reference_impl.models import Policy, evaluating, is_peft
 
 FROZEN_ADAPTER = "dpo_reference"
 
@@ -37,12 +37,11 @@ class OnlineReference:
 
     model: nn.Module
     policy: Policy
-    path: str
     undo: list[Any] = field(default_factory=list)
 
     def __call__(self, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
-        with evaluating(self.model), precision(self.policy.dtype, next(self.model.parameters()).device):
-            return pair_logps(self.model, pairs, pad_id=self.policy.pad_id, path=self.path)
+        with evaluating(self.model), self.policy.precision():
+            return pair_logps(self.model, pairs, pad_id=self.policy.pad_id, path=self.policy.path)
 
     def close(self) -> None:
         while self.undo:
@@ -57,7 +56,6 @@ class AdapterReference:
     """
 
     policy: Policy
-    path: str
     frozen: str | None
 
     def __call__(self, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
@@ -65,12 +63,12 @@ class AdapterReference:
         with evaluating(model), self.policy.precision():
             if self.frozen is None:
                 with model.disable_adapter():
-                    return pair_logps(model, pairs, pad_id=self.policy.pad_id, path=self.path)
+                    return pair_logps(model, pairs, pad_id=self.policy.pad_id, path=self.policy.path)
             trained = model.active_adapter
             flags = {name: p.requires_grad for name, p in model.named_parameters()}
             model.set_adapter(self.frozen)
             try:
-                return pair_logps(model, pairs, pad_id=self.policy.pad_id, path=self.path)
+                return pair_logps(model, pairs, pad_id=self.policy.pad_id, path=self.policy.path)
             finally:
                 model.set_adapter(trained)
                 for name, parameter in model.named_parameters():  # set_adapter changes them
@@ -78,23 +76,23 @@ class AdapterReference:
 
     def close(self) -> None:
         if self.frozen is not None:
-            self.policy.model.delete_adapter(self.frozen)
+            self.policy.whole.delete_adapter(self.frozen)
 
 
-def online_reference(policy: Policy, given: nn.Module | None, path: str) -> Reference:
+def online_reference(policy: Policy, given: nn.Module | None) -> Reference:
     """The frozen reference of a run.
 
     given: a model of its own; None: the policy as it is now.  A policy with a fresh adapter needs no copy (adapter
     off); one with a trained adapter gets a frozen copy of the adapter; any other a frozen copy of the whole model.
     """
     if given is not None:
-        return _frozen(given, policy, path)
+        return _frozen(given, policy)
     if not is_peft(policy.model):
-        return _frozen(independent_copy(policy.model), policy, path)
+        return _frozen(independent_copy(policy.model), policy)
     if adapter_changes_nothing(policy.model):
-        return AdapterReference(policy, path, None)
+        return AdapterReference(policy, None)
     copy_adapter(policy.model, policy.model.active_adapter, FROZEN_ADAPTER)
-    return AdapterReference(policy, path, FROZEN_ADAPTER)
+    return AdapterReference(policy, FROZEN_ADAPTER)
 
 
 def independent_copy(model: nn.Module) -> nn.Module:
@@ -124,7 +122,7 @@ def adapter_changes_nothing(model: nn.Module) -> bool:
         for held in pairs:
             if name in held:
                 weight = held[name].weight if isinstance(held[name], nn.Module) else held[name]
-                if weight.any():
+                if not weight.is_meta and weight.any():  # without its weights: a fresh adapter of another process
                     return False
         saved = getattr(module, "modules_to_save", None)
         if isinstance(saved, nn.ModuleDict) and name in saved:
@@ -150,12 +148,12 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         parameter.requires_grad_(flags.get(name, False))
 
 
-def _frozen(model: nn.Module, policy: Policy, path: str) -> OnlineReference:
+def _frozen(model: nn.Module, policy: Policy) -> OnlineReference:
     wanted = next(policy.model.parameters())
     if next(model.parameters()).dtype != wanted.dtype or shares_weights(policy.model, model):
         model = independent_copy(model).to(wanted.dtype)
     model.to(wanted.device)
-    reference = OnlineReference(model, policy, path)
+    reference = OnlineReference(model, policy)
     for parameter in model.parameters():
         if parameter.requires_grad:
             reference.undo.append(lambda p=parameter: p.requires_grad_(True))

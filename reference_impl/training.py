@@ -12,15 +12,17 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from reference_impl import checkpoint, dpo, randomness
+from reference_impl import checkpoint, dpo, processes, randomness
 from reference_impl.artifact import save_final
-from reference_impl.config import TrainConfig, check_folders, check_processes, to_yaml
-from reference_impl.evaluate import evaluate, judge
+from reference_impl.config import TrainConfig, check_folders, to_yaml
+from reference_impl.evaluate import evaluate, judge_part
 from reference_impl.files import write_text
 from reference_impl.metrics import History, PairSums, Tracker, check_trackers, open_trackers
 from reference_impl.optimize import clip_gradient, learning_rate
-from reference_impl.order import Position, Window, windows
+from reference_impl.order import Position, Window, parts, windows
+from reference_impl.parallel import bring_back
 from reference_impl.prepare import Run, prepare
+from reference_impl.processes import Processes
 
 
 class TrainingError(RuntimeError):
@@ -61,7 +63,8 @@ def train(
 ) -> TrainResult:
     """Trains a policy by DPO or another objective of the config.
 
-    What is not passed comes from the config.  A live model is trained in place, in the config's dtype.
+    What is not passed comes from the config.  A live model is trained in place, in the config's dtype.  Under torchrun
+    every process calls this with the same arguments; the first one writes, and tells the watcher.
 
     Args:
         model, reference: causal LMs; without a reference it is a frozen copy of the policy as passed.
@@ -69,44 +72,53 @@ def train(
         output_dir: overrides the config's.
         watcher: told about every row of the history.
     Raises:
-        ConfigError, DataError, ModelError: before the first step; CheckpointError, TrainingError, DiskError: later.
+        ConfigError, DataError, ModelError: before the first step; CheckpointError, TrainingError, DiskError,
+        LostProcessError: later.
     """
     if output_dir is not None:
         config = replace(config, output_dir=str(output_dir))
-    check_processes()
-    check_folders(config)
-    check_trackers(config.trackers)
-    with randomness.seeded(config.seed):
-        folder = checkpoint.open_folder(config.output_dir) if config.output_dir is not None else None
+    with processes.joined(config) as crew, randomness.seeded(config.seed):
+        folder = crew.together(lambda: _folder(config, crew))
         try:
-            found = checkpoint.find_checkpoint(config, folder)
-            run = prepare(config, folder, model, reference, tokenizer, train_rows, eval_rows)
+            found = crew.tell(crew.together(lambda: _found(config, crew, folder)))
+            run = prepare(config, crew, folder, model, reference, tokenizer, train_rows, eval_rows)
         except BaseException:
-            if folder is not None:
+            if folder is not None and crew.first:
                 checkpoint.close_folder(folder)
             raise
         try:
-            return _train(run, found, watcher)
+            return _train(run, found and Path(found), watcher if crew.first else None)
         finally:
             run.close()
 
 
+def _found(config: TrainConfig, crew: Processes, folder: Path | None) -> str | None:
+    path = checkpoint.find_checkpoint(config, folder) if crew.first else None
+    return None if path is None else str(path)
+
+
+def _folder(config: TrainConfig, crew: Processes) -> Path | None:
+    check_folders(config)
+    check_trackers(config.trackers)
+    if config.output_dir is None:
+        return None
+    return checkpoint.open_folder(config.output_dir) if crew.first else Path(config.output_dir)
+
+
 def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult:
-    config, folder, total = run.config, run.folder, run.total_steps
+    config, crew, total = run.config, run.crew, run.total_steps
+    folder = run.folder if crew.first else None  # what one process writes
 
     # Where the run stands: at its beginning, or at a checkpoint of its own.
     state = checkpoint.State(0, Position(), [])
     if found is not None:
-        state = checkpoint.load_checkpoint(found, run.policy, run.optimizer, config, run.identity)
-    if folder is not None:
-        write_text(folder / "train_config.yaml", to_yaml(config))
-    trackers = open_trackers(config, folder, state.step) + ([Tracker(watcher.row)] if watcher else [])
-    history = History(folder, state.history, trackers)
+        state = checkpoint.load_checkpoint(found, run)
+    history = crew.together(lambda: _history(run, folder, state, watcher))
     step, final, stopped, began = state.step, None, False, time.perf_counter()
     order = {"seed": config.seed, "shuffle": config.shuffle, "last_step": config.last_step}
     steps = windows(len(run.train.pairs), config.pairs_per_step, start=state.position, **order)
 
-    with contextlib.closing(history), _Stop(enabled=folder is not None) as stop:
+    with contextlib.closing(history), _Stop(enabled=run.folder is not None) as stop:
         if watcher is not None:
             watcher.started(run, step)
         if step == 0 and config.eval_at_start:
@@ -118,38 +130,46 @@ def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult
             history.add(step, "train", metrics)
             if step == total or (config.eval_every and step % config.eval_every == 0):
                 _evaluate(run, step, history)
-            stopped = stop.asked and step < total  # read once: a signal after this is seen after the next step
+            stopped = crew.any(stop.asked) and step < total  # once: a signal after this is seen after the next step
             if stopped or (config.save_every and (step == total or step % config.save_every == 0)):
                 state = checkpoint.State(step, window.after, history.rows)
-                checkpoint.save_checkpoint(folder, state, run.policy, run.optimizer, config, run.identity)
+                checkpoint.save_checkpoint(run, state)
         if step == total:
             history.add(step, "summary", summary(history.rows, time.perf_counter() - began))
-            if folder is not None:
+            if run.folder is not None:
                 final = save_final(run, history.rows)
-    kept = checkpoint.checkpoints(folder) if folder is not None else {}
-    return TrainResult(run.policy.model, history.rows, kept, final, stopped)
+    bring_back(run.policy)
+    kept = checkpoint.checkpoints(run.folder) if run.folder is not None else {}
+    return TrainResult(run.policy.whole, history.rows, kept, final, stopped)
+
+
+def _history(run: Run, folder: Path | None, state: checkpoint.State, watcher: Watcher | None) -> History:
+    trackers = [Tracker(watcher.row)] if watcher else []
+    if folder is not None:
+        write_text(folder / "train_config.yaml", to_yaml(run.config))
+    if run.crew.first:
+        trackers = open_trackers(run.config, folder, state.step) + trackers
+    return History(folder, state.history, trackers)
 
 
 def optimizer_step(run: Run, window: Window, step: int) -> dict[str, float]:
-    """One step on the pairs of a window, in micro-batches.
+    """One step on the pairs of a window, each process on its share, in micro-batches.
 
     Each micro-batch's loss is Σ losses / N with N the pairs of the *window*, so the gradients that add up are those of
     the mean over the window's pairs, whatever the sizes of its parts (dpo.mean_over_pairs).  Metrics are sums over the
     same pairs, divided by N once.
     """
-    config, policy, began = run.config, run.policy, time.perf_counter()
-    pairs_in_step, tokens, sums = len(window.indices), 0, PairSums()
+    config, crew, began = run.config, run.crew, time.perf_counter()
+    pairs_in_step, sums = len(window.indices), PairSums()
     run.optimizer.zero_grad(set_to_none=True)
-    for part in window.micro_batches(config.batch):
-        pairs = [run.train.pairs[index] for index in part]
-        losses, values = judge(policy, run.references.get("train"), pairs, config)
+    for part in parts(window.indices, config.batch, crew.rank, crew.world):
+        losses, values = judge_part(run.policy, run.references.get("train"), run.train.pairs, part, config)
         dpo.mean_over_pairs(losses, pairs_in_step).backward()
         sums.add(values)
-        tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
 
     norm = clip_gradient(run.optimizer, config.clip_norm)
     rate = learning_rate(config, step, run.total_steps)
-    metrics = sums.means() | {"grad_norm": norm, "learning_rate": rate}
+    metrics = sums.means(crew) | {"grad_norm": norm, "learning_rate": rate}
     for name in ("loss", "grad_norm"):
         if not abs(metrics[name]) < float("inf"):
             rows = [run.train.pairs[index].row for index in window.indices]
@@ -160,6 +180,8 @@ def optimizer_step(run: Run, window: Window, step: int) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
+    pairs = [run.train.pairs[index] for index in window.indices]
+    tokens = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
     seconds = time.perf_counter() - began
     return metrics | {
         "epoch": window.after.epoch + window.after.consumed / len(run.train.pairs),
@@ -185,7 +207,7 @@ def summary(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
 
 def _evaluate(run: Run, step: int, history: History) -> None:
     for name, data in run.held_out.items():
-        history.add(step, name, evaluate(run.policy, run.references.get(name), data.pairs, run.config))
+        history.add(step, name, evaluate(run.policy, run.references.get(name), data.pairs, run.config, run.crew))
 
 
 class _Stop:

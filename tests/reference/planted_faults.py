@@ -172,7 +172,7 @@ FAULTS: dict[str, Fault] = {
     # training and optimize
     "normalised by the micro-batch": fault(
         "training.optimizer_step", "dpo.mean_over_pairs(losses, pairs_in_step)",
-        "dpo.mean_over_pairs(losses, len(pairs))", "ACCUM-EVEN"),
+        "dpo.mean_over_pairs(losses, len(losses))", "ACCUM-EVEN"),
     "gradient not cleared": fault(
         "training.optimizer_step", "run.optimizer.zero_grad(set_to_none=True)", "pass", "STEP-TWO"),
     "clipped in each micro-batch": fault(
@@ -197,7 +197,7 @@ FAULTS: dict[str, Fault] = {
         "metrics.PairSums.add", "self.pairs += len(next(iter(values.values())))", "self.pairs += 1", "EVAL-BATCH",
         also=("value.detach().double().sum()", "value.detach().double().mean()")),
     "short last batch not evaluated": fault(
-        "evaluate.evaluate", "range(0, len(pairs), size)", "range(0, len(pairs) - size + 1, size)", "EVAL-BATCH"),
+        "evaluate.evaluate", "range(len(pairs)), size", "range(len(pairs) - len(pairs) % size), size", "EVAL-BATCH"),
     "evaluation against another reference": fault(
         "evaluate.judge", "reference(pairs)\n",
         "reference(pairs) if policy_w.requires_grad else (policy_w, policy_l)\n",
@@ -205,9 +205,10 @@ FAULTS: dict[str, Fault] = {
     # checkpoint and order
     "moments not restored": fault(
         "checkpoint.load_checkpoint",
-        'load_optimizer_state(policy.model, optimizer, load_file(path / "trainer" / "optimizer.safetensors"))', "pass",
+        "crew.together(lambda: load_optimizer_state(run.policy.model, run.optimizer, files))", "pass",
         "RUN-RESUME"),
-    "weights not restored": fault("checkpoint.load_checkpoint", "load_policy(policy, path)", "pass", "RUN-RESUME"),
+    "weights not restored": fault(
+        "checkpoint.load_checkpoint", "load_policy(run.policy, path, crew)", "pass", "RUN-RESUME"),
     "order restarted": fault(
         "checkpoint.load_checkpoint", 'Position(**facts["position"])', "Position()", "RUN-RESUME"),
     "epoch restarted": fault(

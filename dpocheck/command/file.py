@@ -13,6 +13,7 @@ command runs in.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import tomllib
@@ -98,7 +99,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the trained weights lie under {out}: at the end, and after {step}, counted in steps or micro-batches."""
+    """Where the trained weights lie under {out}: at the end, and after {step}, counted in steps or micro-batches.  Where
+    `last` names {step} too, the highest is the last."""
 
     last: str
     step: str | None = None
@@ -157,7 +159,7 @@ class CommandFile:
     update: Update = Update()
     log: Log | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
-    defaults: Mapping[str, str] = field(default_factory=dict)  # placeholder -> value
+    defaults: Mapping[str, str] = field(default_factory=dict)  # placeholder -> value; "$NAME": a variable's
     says: Says = field(default_factory=Says)
 
 
@@ -187,6 +189,9 @@ def _command(data: dict[str, Any], path: Path) -> CommandFile:
                          ("log", Log)):  # fmt: skip
         if name in plain:
             plain[name] = _record(record, _of(plain[name], dict, name), name)
+    if "defaults" in plain:
+        plain["defaults"] = {name: _variable(value, f"defaults.{name}") for name, value in
+                             _of(plain["defaults"], dict, "defaults").items()}  # fmt: skip
     plain["options"] = _options(_of(plain.get("options", {}), dict, "options"))
     plain["says"] = _says(_of(plain.get("says", {}), dict, "says"))
     file = _record(CommandFile, plain, "")
@@ -242,6 +247,15 @@ def _of(value: Any, kind: Any, where: str, words: str = "a table") -> Any:
 def _unknown(name: str, dot: str, known: Iterable[str]) -> str:
     known = [k for k in known if k != "path"]
     return f"unknown field {dot}{name}{near(name, known)}; known: {', '.join(sorted(known))}"
+
+
+def _variable(value: Any, where: str) -> Any:
+    """A text that is $NAME is the value of that variable: what differs from machine to machine, such as a checkout."""
+    if not isinstance(value, str) or not (match := re.fullmatch(r"\$([A-Za-z_][A-Za-z0-9_]*)", value)):
+        return value
+    if not os.environ.get(match[1]):
+        raise CommandError(f"{where} is {value!r}, and the environment has no {match[1]}; set it to a path")
+    return os.environ[match[1]]
 
 
 def _options(data: dict[str, Any]) -> dict[str, Option]:

@@ -161,7 +161,7 @@ class Run:
         if self.hands_over:
             self.reference = self._templated(Path(paths["reference"]).absolute(), folder / "reference")
         self.resume = folder / "resume" if self.hands_over and how == "resume" else None
-        self.before = _written(self.out / self.file.weights.last)  # by the run that this one resumes
+        self.before = _written(self._last())  # by the run that this one resumes
         self._write_rows()
         if self.resume is not None:
             shutil.rmtree(self.resume, ignore_errors=True)
@@ -212,8 +212,10 @@ class Run:
             "ranks": recipe.world_size,
             "eval_every": recipe.eval_every or recipe.steps or 1, "alpha": self.file.update.scale * hidden,
         }  # fmt: skip
+        values["window"] = recipe.batch * recipe.accumulation  # rows of one step
         if recipe.steps is not None:
             values["microsteps"] = recipe.steps * recipe.accumulation
+            values["examples"] = recipe.steps * values["window"]
         if recipe.clip_norm is not None:
             values["clip_norm"] = float(recipe.clip_norm)
         return values
@@ -242,7 +244,7 @@ class Run:
     def reply(self, matches: list[dict[str, str]]) -> Reply:
         """What the run left, as `TrainingProbe.reply` would say it."""
         weights = self.file.weights
-        found = self.out / weights.last
+        found = self._last()
         if self.before is not None and _written(found) == self.before:
             raise CommandFailed(f"wrote no weights: {found} is that of the run it resumed")
         end, arrays = self._state(found, f"weights.last, {weights.last!r}"), {}
@@ -267,6 +269,12 @@ class Run:
             "moved": moved, "digest": tables.digest(end), "start_digest": tables.digest(self.start),
         }  # fmt: skip
         return {"fields": fields, "spies": {}}, arrays
+
+    def _last(self) -> Path:
+        """Where the last weights are; `weights.last` may name the checkpoint of the last step."""
+        last = self.file.weights.last
+        found = saved(self.out, last) if "{step" in last else []
+        return found[-1][1] if found else self.out / last
 
     def _state(self, path: Path, what: str) -> dict[str, np.ndarray]:
         """The weights at `path` in the start's scale and as plain SGD would have left them."""

@@ -10,6 +10,7 @@ from dpocheck.experiment import Body, Message, Objective, Recipe, Row, Template,
 from dpocheck.oracle.theory import PAPER, Theory
 
 LETTERS = Tokenizer(tuple("abcdefgh "), 64, kind="characters")
+LINES = Tokenizer(tuple("abcdefgh \n"), 64, kind="characters")
 ROW = "the row as the data set gives it"
 
 
@@ -45,6 +46,8 @@ def tokens_agree(case: Case) -> Comparison:
         scene("no prompt column, no shared start, chosen ends with a space",
               letters(Row(None, "ab ", "cd")), family="implicit prompt"),
         scene("no prompt column, a shared start", letters(Row(None, "efab", "efcd")), family="implicit prompt"),
+        scene("white space at the ends and inside, a line break",
+              letters(Row("a  b\n", " c  d ", "e\n\nf"), tokenizer=LINES), family="white space"),
     ],
     claim="Prompt + chosen and prompt + rejected spell the two texts of the row, character by character.",
     covers=("RUN-TOK-BOUNDARY",), why="A lost or invented character is trained into every completion.",

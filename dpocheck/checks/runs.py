@@ -150,12 +150,15 @@ def _orders(theory: Theory) -> list:
 )  # fmt: skip
 def shuffled(case: Case) -> Comparison:
     orders = [_order(case, index) for index in range(3)]
-    if any(order is None for order in orders):
-        return Comparison("unknown", reason="the logged losses do not tell which row each step was on")
     first, second, plain = orders
+    if any(order is None for order in orders) or None in plain:
+        return Comparison("unknown", reason="the logged losses do not tell which row each step was on")
     epochs = {"first epoch": first[:ROWS], "second epoch": first[ROWS:], "first epoch with another seed": second[:ROWS]}
     in_order = list(range(ROWS))
     for name, order in epochs.items():
+        if None in order:  # though in order every step's loss is that of a row
+            return _rows_come("fail", f"{name}: the loss of step {order.index(None) + 1} is that of no row", order,
+                "each row once")
         if sorted(order) != in_order:
             return _rows_come("fail", name, order, "each row once")
         if order == in_order:
@@ -168,19 +171,21 @@ def shuffled(case: Case) -> Comparison:
     return Comparison("pass")
 
 
-def _rows_come(verdict: str, where: str, order: list[int], expected: str) -> Comparison:
-    return Comparison(verdict, observed="rows " + " ".join(str(i + 1) for i in order), expected=expected, where=where)
+def _rows_come(verdict: str, where: str, order: list[int | None], expected: str) -> Comparison:
+    told = " ".join("?" if i is None else str(i + 1) for i in order)
+    return Comparison(verdict, observed=f"rows {told}", expected=expected, where=where)
 
 
-def _order(case: Case, index: int) -> list[int] | None:
-    """Which row each step was on, by its loss; the models stand still."""
+def _order(case: Case, index: int) -> list[int | None] | None:
+    """Which row each step was on, by its loss, None where it is that of no row; the models stand still."""
     due = np.array(entries(case.predicted(2).history, "train", "loss"))
     noise = np.max(case.bound("history.train.loss", 2))
     seen = np.array(entries(case.observed[index].history, "train", "loss"))
     if len(seen) != case.experiments[index].recipe.steps or np.min(np.diff(np.sort(due))) < 4 * noise:
         return None
     distance = np.abs(seen[:, None] - due[None, :])
-    return None if np.any(distance.min(axis=1) > noise) else [int(i) for i in distance.argmin(axis=1)]
+    nearest = zip(distance.argmin(axis=1), distance.min(axis=1), strict=True)
+    return [int(row) if off <= noise else None for row, off in nearest]
 
 
 def _saved(theory: Theory) -> list:

@@ -1,0 +1,42 @@
+"""Which bugs did an earlier catalogue miss?  Broken parts of every stage; each was invented by somebody who had not
+written the checks."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+from dpocheck.zoo.registry import mini, specimen, torch
+
+
+@specimen("collapses-white-space", part="render", caught_by="ROWS-ROUND-TRIP")
+def collapses_white_space(row, tokenizer):
+    """Runs of white space inside a text become one space, and line breaks too."""
+
+    def tidy(text):
+        if not isinstance(text, str) or not text.strip():
+            return text
+        ends = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+        return ends[0] + " ".join(text.split()) + ends[1]
+
+    return mini.render({name: tidy(text) for name, text in row.items()}, tokenizer)
+
+
+_LAST = weakref.WeakKeyDictionary()  # policy -> the batch before
+
+
+@specimen("rejected-lags-behind", part="accumulate", caught_by="RUN-SHUFFLE")
+def rejected_lags_behind(trainer, policy, window, score, recipe):
+    """Two shuffled iterators give chosen and rejected: rejected completions are those of another row."""
+    mixed = []
+    for batch in window:
+        before = _LAST.get(policy, batch)
+        _LAST[policy] = batch
+        if recipe.shuffle and before.input_ids.shape == batch.input_ids.shape:
+            pairs, joined = batch.pairs, {}
+            for name in ("input_ids", "attention_mask", "completion_mask"):
+                joined[name] = torch.cat([getattr(batch, name)[:pairs], getattr(before, name)[pairs:]])
+            mixed.append(replace(batch, **joined))
+        else:
+            mixed.append(batch)
+    return mini.accumulate(trainer, policy, mixed, score, recipe)

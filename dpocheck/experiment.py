@@ -360,6 +360,8 @@ _RECORDS = {
 
 def to_plain(value: Any) -> Any:
     """A record as JSON data; each record carries its name under `type`.  Non-finite floats become strings."""
+    if value is None or type(value) in (int, str, bool) or (type(value) is float and math.isfinite(value)):
+        return value  # nearly all there is: tables have thousands of numbers
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__} | fields
@@ -389,6 +391,12 @@ def from_plain(data: Any) -> Any:
 
 
 def key(experiment: Experiment) -> str:
-    """sha256 of the canonical JSON and the records' version: the name under which an observation is remembered."""
+    """sha256 of the canonical JSON and the records' version: the name under which an observation is remembered.
+
+    It is kept beside the record, which never changes.
+    """
+    if "_key" in experiment.__dict__:
+        return experiment.__dict__["_key"]
     text = json.dumps([VERSION, to_plain(experiment)], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = experiment.__dict__["_key"] = hashlib.sha256(text.encode()).hexdigest()
+    return found

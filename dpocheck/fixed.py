@@ -115,9 +115,14 @@ def outside(check: str, asked: Objective | None) -> str | None:
     return None
 
 
-def powerless(reason: str, asked: Objective | None) -> str | None:
-    """Where a judge cannot tell at the objective asked for what it can tell at the ordinary one: that, in words."""
-    if asked is None or asked == ORDINARY or not any(phrase in reason for phrase in NO_POWER):
+def powerless(reason: str, asked: Objective | None, only: Mapping[str, Any]) -> str | None:
+    """Where a judge cannot tell at the objective asked for, or with the policy as the reference, what it can tell
+    otherwise: that, in words."""
+    if not any(phrase in reason for phrase in NO_POWER):
+        return None
+    if only.get("reference") == "policy":
+        return f"the reference is always the policy it starts from: {reason}"
+    if asked is None or asked == ORDINARY:
         return None
     return f"made for {words(ORDINARY)}; at {words(asked)}: {reason}"
 

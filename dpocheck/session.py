@@ -136,7 +136,9 @@ class Session:
             comparison = check.judge(case)
         except Exception:
             comparison = Comparison("unknown", reason="the check itself broke: " + traceback.format_exc(limit=-2))
-        if comparison.verdict == "unknown" and (reason := fixed.powerless(comparison.reason, self.subject.objective)):
+        if comparison.verdict == "unknown" and (
+            reason := fixed.powerless(comparison.reason, self.subject.objective, self.subject.only)
+        ):
             comparison = replace(comparison, verdict="not-applicable", reason=reason)
         output = next((seen.output for seen in observed if seen.output), None)
         if comparison.verdict != "fail" and (left := self._left_changed(observed)):

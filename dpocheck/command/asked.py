@@ -89,6 +89,10 @@ def _offered(file: CommandFile, name: str, written: str) -> bool:
     return name in file.options or f"{{{name}}}" in written
 
 
+def _text(file: CommandFile, name: str) -> str:
+    return file.options[name].on if name in file.options else ""
+
+
 def _order(file: CommandFile) -> str:
     return "kept" if "shuffle" in file.options and file.options["shuffle"].off else file.rows.order
 

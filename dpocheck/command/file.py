@@ -60,7 +60,7 @@ class Rows:
     """
 
     file: str
-    format: str = _choice("prompt-chosen-rejected", "messages", "hh", default="prompt-chosen-rejected")
+    format: str = _choice("prompt-chosen-rejected", "messages", "conversations", "hh", default="prompt-chosen-rejected")
     also: str | None = None
     evaluation: str | None = None  # the file of the held-out set, where `options.evaluation` can ask for one
     order: str = _choice("kept", "shuffled", "drawn", default="shuffled")

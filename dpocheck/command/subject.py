@@ -216,6 +216,7 @@ class Run:
         if recipe.steps is not None:
             values["microsteps"] = recipe.steps * recipe.accumulation
             values["examples"] = recipe.steps * values["window"]
+            values["passes"] = values["examples"] // len(self.experiment.rows)  # over the rows, for {steps} steps
         if recipe.clip_norm is not None:
             values["clip_norm"] = float(recipe.clip_norm)
         return values
@@ -333,4 +334,6 @@ def record(row: Row, style: str) -> dict[str, Any]:
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     plain = {name: value if isinstance(value, list) else [{"role": roles[name], "content": value.strip()}]
              for name, value in row.record().items()}  # fmt: skip
+    if style == "conversations":
+        return {"chosen": plain["prompt"] + plain["chosen"], "rejected": plain["prompt"] + plain["rejected"]}
     return {"messages": plain["prompt"] + plain["chosen"], "rejected_response": plain["rejected"][-1]["content"]}

@@ -15,7 +15,7 @@ PLACEHOLDERS = {
     "python": "python", "bin": "/bin", "environment": "/env", "here": "/h",
     # the recipe
     "beta": 0.1, "learning_rate": 1.0, "steps": 1, "microsteps": 1, "batch": 1, "accumulation": 1, "window": 1,
-    "examples": 1, "seed": 0,
+    "examples": 1, "passes": 1, "seed": 0,
     "epochs": 1, "max_length": 8, "clip_norm": 1.0, "weight_decay": 0.0, "momentum": 0.0, "warmup_steps": 0,
     "beta1": 0.0, "beta2": 0.0, "epsilon": 1e-8, "save_every": 1, "resume_from": 1, "eval_batch": 1, "eval_every": 1,
     "rank": 64, "alpha": 64.0, "ranks": 1,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from dpocheck.check import Case, Comparison, agree, check, close, logged, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL, rows
 from dpocheck.experiment import Body, Objective, Pair, Recipe, Sequence, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.reading import entries
 
 FROZEN = "Rafailov et al. 2023, section 4: pi_ref is fixed during training"
 
@@ -18,7 +21,11 @@ def _start(theory: Theory) -> list:
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=1, steps=len(pairs))
     run = scenes.run(pairs, theory, recipe)
     run = replace(run, reference=run.policy)
-    return [scene("five pairs of unequal lengths, reference = policy", run, family="ragged")]
+    speaking = replace(run, policy=None, body=Body("speaking", layers=2))  # one formula gives both their weights
+    return [
+        scene("five pairs of unequal lengths, reference = policy", run, family="ragged"),
+        scene("the same with an ordinary small Llama of two layers", speaking, family="speaking"),
+    ]
 
 
 @check(
@@ -32,7 +39,27 @@ def _start(theory: Theory) -> list:
     fix="Compute both log-probs by one function, on one batch, in one dtype.",
 )  # fmt: skip
 def start(case: Case) -> Comparison:
+    if case.experiments[0].body.kind == "speaking":
+        return worst([_at_start(case, name, due) for name, due in AT_START.items()])
     return worst([logged(case, name) for name in ("loss", "rewards/chosen", "rewards/rejected")])
+
+
+AT_START = {"loss": float(np.log(2)), "rewards/chosen": 0.0, "rewards/rejected": 0.0}
+# Two stable evaluations of one Llama of two layers, sixteen wide.  Fifteen products follow each other, each a sum of
+# sixteen terms; norms, rotations and softmaxes add some forty roundings a layer: 320 for a logit.  A row scores at most
+# eight tokens.
+SPEAKING = 8 * 320
+COARSE = 0.05  # a bound that no longer tells a wrong layer from rounding
+
+
+def _at_start(case: Case, name: str, due: float) -> Comparison:
+    """No oracle is needed where policy and reference are one model, whatever the model does."""
+    limit = SPEAKING * case.precision + case.observed[0].floor.get(f"history.train.{name}", 0.0)
+    seen = entries(case.observed[0].history, "train", name)
+    if not seen or limit > COARSE:
+        what = "is not logged" if not seen else "is too coarse in this precision"
+        return Comparison("not-applicable", reason=f"{name} of train {what}")
+    return close(seen, np.full(len(seen), due), limit, label=lambda at: f"{name} of train, step {at[0] + 1}")
 
 
 def _given(theory: Theory) -> list:

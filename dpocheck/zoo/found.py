@@ -3,6 +3,7 @@ written the checks."""
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import replace
 
@@ -40,3 +41,12 @@ def rejected_lags_behind(trainer, policy, window, score, recipe):
         else:
             mixed.append(batch)
     return mini.accumulate(trainer, policy, mixed, score, recipe)
+
+
+@specimen("reference-without-its-last-layer", part="reference", caught_by="REF-START")
+def reference_without_its_last_layer(trainer, policy, given, recipe, examples, folder):
+    """The reference is built with one layer less than its checkpoint holds."""
+    if given is not None and len(given.model.layers) > 1:
+        given = copy.deepcopy(given)
+        given.model.layers = given.model.layers[:-1]
+    return mini.reference(trainer, policy, given, recipe, examples, folder)

@@ -11,6 +11,8 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -165,7 +167,7 @@ def joined(config: TrainConfig) -> Iterator[Processes]:
         if is_loss(error):
             raise LostProcessError(
                 f"process {crew.rank} of {crew.world} can no longer reach another one, which has ended "
-                f"({_first_line(error)}): its own message says why; the same command goes on from the last checkpoint"
+                f"({_reason(error)}): its own message says why; the same command goes on from the last checkpoint"
             ) from error
         if ours and isinstance(error, Exception):
             _leave(crew, timedelta(seconds=5))  # all of them are here, unless this one failed alone
@@ -217,14 +219,30 @@ def speaks_first() -> bool:
 
 
 def _leave(crew: Processes, patience: timedelta) -> None:
-    """Ends the group after every process has come here: one that ends sooner can abort another's last words."""
+    """Ends the group after every process has come here: one that ends sooner can abort another's last words.
+
+    The first one ends last, since it may be the one that keeps the store through which they meet.
+    """
     import torch.distributed as dist
 
     store = dist.distributed_c10d._get_default_store()
+    end = time.monotonic() + patience.total_seconds()
+
+    def all_others(key: str) -> None:
+        while store.add(key, 0) < crew.world - 1:
+            if time.monotonic() > end:
+                raise RuntimeError(f"not all processes have come to {key}")
+            time.sleep(0.005)
+
     with contextlib.suppress(RuntimeError):
-        if store.add("dpo-train/left", 1) == crew.world:
-            store.set("dpo-train/all left", "1")
-        store.wait(["dpo-train/all left"], patience)
+        if crew.first:
+            all_others("dpo-train/here")
+            store.set("dpo-train/all here", "1")
+            all_others("dpo-train/gone")
+        else:
+            store.add("dpo-train/here", 1)
+            store.wait(["dpo-train/all here"], patience)
+            store.add("dpo-train/gone", 1)
         dist.destroy_process_group()
 
 
@@ -266,6 +284,11 @@ def _rebuilt(rank: int, module: str, name: str, text: str) -> Exception:
 
 def _words(value: Any) -> Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _reason(error: BaseException) -> str:
+    """Without the place in torch's sources, and without its advice."""
+    return re.sub(r"^\[[^]]*\] ", "", _first_line(error)).split(". ")[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Do several processes compute what one computes?  Losses, metrics, gradients, clipped norms and weights, over 20 steps.
+"""Do several processes compute what one computes?  Losses, metrics, gradients, norms and weights, over 20 steps.
 
 All numbers are float64, so that 1e-10 tells a wrong divisor, a pair counted twice or a missing one (each moves them by
 a percent and more) from another order of addition: 20 steps add up some thousand roundings of 1e-16 to numbers below
@@ -100,7 +100,8 @@ def check(tmp_path: Path, worlds: tuple[int, ...], model: Callable[[], Any], **s
     assert abs(held[-1] - held[0]) > 1e-3  # something was trained
     for world in worlds:
         many = run(world, tmp_path / str(world), model, BASE | settings, **given)
-        print("equality", world, "metrics %.1e weights %.1e" % same(many, one))
+        metrics, weights = same(many, one)
+        print(f"{world} processes: metrics differ by {metrics:.1e}, weights by {weights:.1e}")
 
 
 TABLE = {"optimizer": "sgd", "clip_norm": SCALE_OUT, "held": {"held": small(7, 1)}, "rows": small(21)}

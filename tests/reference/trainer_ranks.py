@@ -21,7 +21,7 @@ from typing import Any
 import scipy.stats  # noqa: F401
 import torch
 import torch.distributed.fsdp
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 from safetensors.torch import load_file, save_file
 from trainer_tiny import gpt2, llama, numbers
 
@@ -63,7 +63,8 @@ def start(world: int, action: Callable[[int], None], folder: Path) -> list[int]:
         if child == 0:
             code = 1
             try:
-                with (folder / f"said-{rank}.txt").open("w") as said:
+                with (folder / f"said-{rank}.txt").open("w", buffering=1) as said:
+                    sys.stdout = sys.stderr = said
                     os.dup2(said.fileno(), 1)
                     os.dup2(said.fileno(), 2)
                     os.environ |= {
@@ -77,8 +78,6 @@ def start(world: int, action: Callable[[int], None], folder: Path) -> list[int]:
                         code = end.code
                     except BaseException:
                         traceback.print_exc()
-                    sys.stdout.flush()
-                    sys.stderr.flush()
             finally:
                 os._exit(code)
         children.append(child)

@@ -9,7 +9,7 @@ import numpy as np
 from dpocheck.check import Case, Comparison, agree, check, close, labels, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.experiment import Objective, Pair, Recipe, StepExperiment, Table, TrainExperiment
-from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.oracle.theory import CONVENTIONS, PAPER, Theory
 from dpocheck.probes.tables import scales
 from dpocheck.reading import entries
 
@@ -51,6 +51,50 @@ def _logged_rate(case: Case) -> Comparison:
     own = close(seen, paper, noise, label=lambda at: f"learning rate logged at step {at[0] + 1}")
     return own if own.verdict == "pass" or close(seen[:-1], paper[1:], noise).verdict == "fail" else replace(own,
         verdict="pass")
+
+
+# ------------------------------------------------------------------------------------------------ momentum and decay
+
+
+def _momentum(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, momentum=0.5, batch=2, steps=3)
+    run = scenes.run(scenes.rectangular(4), theory, recipe)
+    return [scene("three steps on two pairs each, momentum 1/2", run, family="momentum")]
+
+
+@check(
+    "STEP-MOMENTUM", chapter="step", stage="run", level="must", needs={"train.logits"}, scenes=_momentum,
+    rivals=(PAPER.but(momentum_extra=-0.5),),
+    claim="With momentum m the buffer is m times itself plus the gradient, and a step is the rate times the buffer.",
+    source="Polyak 1964; Sutskever et al. 2013, Eqs. 1 and 2; torch.optim.SGD without dampening",
+    covers=("RUN-REPLAY",),
+    why="Dampened momentum, or Nesterov's, is another optimizer under the same name and the same rate.",
+    bug="Momentum handed over as dampening too: steps are (1 - m) times too small.",
+    fix="Pass momentum on, and neither dampening nor nesterov unless they are asked for.",
+)  # fmt: skip
+def momentum(case: Case) -> Comparison:
+    return agree(case, "logits")
+
+
+def _decay(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, weight_decay=2.0**-6, batch=4)
+    run = scenes.run(scenes.rectangular(4), theory, recipe)
+    return [scene("one step on four pairs, rate times decay 1/8", run, family="decay")]
+
+
+@check(
+    "STEP-DECAY", chapter="step", stage="run", level="should", needs={"train.logits"}, scenes=_decay,
+    rivals=(PAPER.but(weight_decay_extra=-(2.0**-6)),),
+    claim="Weight decay w takes the share rate * w of each weight away, once a step.",
+    source="Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 1; torch.optim.SGD", covers=("RUN-REPLAY",),
+    why="Where its sign or its factor is wrong, weights grow or vanish, far too slowly for the loss to show it.",
+    bug="A decay given to the optimizer and to the loss as well: it acts twice.",
+    fix="Hand the decay to the optimizer alone, as it was asked for.",
+)  # fmt: skip
+def decay(case: Case) -> Comparison:
+    """Whether it enters the momentum, and whether the norms decay too, is open."""
+    told = [agree(replace(case, theory=case.theory.but(decay=rule)), "logits") for rule in CONVENTIONS["decay"]]
+    return next((one for one in told if one.verdict == "pass"), told[0])
 
 
 # --------------------------------------------------------------------------------------------------------------- Adam

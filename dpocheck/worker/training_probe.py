@@ -35,7 +35,7 @@ class TrainingProbe:
     def reply(self, out: TrainOut) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if self.experiment.edited is not None and "policy" not in self.spies:
             raise Unsupported("the trainer takes checkpoints: no model is handed over that could be edited in memory")
-        self.trained, final = out.policy, self.state(out.policy)
+        self.trained, final = out.policy, self.fitting(self.state(out.policy))
         if self.experiment.edited is not None and self.experiment.policy is not None:
             edited = tables.weights(
                 self.experiment.policy, self.experiment.policy.size, self.experiment.body, self.experiment.recipe.dtype
@@ -47,7 +47,7 @@ class TrainingProbe:
         elif tables.HEAD in final:
             arrays |= {"start": self.start[tables.HEAD], "head": final[tables.HEAD]}
             for step, path in dict(out.checkpoints).items():
-                state = tables.read_state(Path(path)) if Path(path).exists() else {}
+                state = self.fitting(tables.read_state(Path(path))) if Path(path).exists() else {}
                 if tables.HEAD in state:
                     arrays[f"saved.{int(step)}"] = state[tables.HEAD]
         moved = {
@@ -68,6 +68,26 @@ class TrainingProbe:
             name: max(held, key=lambda spy: (spy.model is self.trained, spy.forwards)).report()
             for name, held in self.spies.items()
         }
+
+    def fitting(self, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The state with the rows that the checkpoint had: a trainer may add tokens to the vocabulary.
+
+        Raises `BadAnswer` where a tensor has another shape otherwise.
+        """
+        found = {}
+        for name, array in state.items():
+            old = self.start.get(name)
+            if old is not None and array.shape != old.shape:
+                if array.shape[1:] != old.shape[1:] or len(array) < len(old):
+                    from dpocheck.worker.answer import BadAnswer
+
+                    raise BadAnswer(
+                        f"train() returned a policy whose {name} has shape {array.shape}; the checkpoint's has "
+                        f"{old.shape}: return the model that was handed over, or one of its shape"
+                    )
+                array = array[: len(old)]
+            found[name] = array
+        return found
 
     @staticmethod
     def state(policy: Any) -> dict[str, np.ndarray]:

@@ -50,3 +50,23 @@ def reference_without_its_last_layer(trainer, policy, given, recipe, examples, f
         given = copy.deepcopy(given)
         given.model.layers = given.model.layers[:-1]
     return mini.reference(trainer, policy, given, recipe, examples, folder)
+
+
+def _set(group, **changes):
+    group.update({name: value for name, value in changes.items() if name in group})
+
+
+@specimen("momentum-dampened", part="update", caught_by="STEP-MOMENTUM")
+def momentum_dampened(optimizer, recipe, clock, total):
+    """Momentum is given as dampening too: after the first step, steps are (1 - momentum) times too small."""
+    for group in optimizer.param_groups:
+        _set(group, dampening=recipe.momentum)
+    return mini.update(optimizer, recipe, clock, total)
+
+
+@specimen("weights-grow", part="update", caught_by="STEP-DECAY")
+def weights_grow(optimizer, recipe, clock, total):
+    """The sign of the weight decay is wrong."""
+    for group in optimizer.param_groups:
+        _set(group, weight_decay=-recipe.weight_decay)
+    return mini.update(optimizer, recipe, clock, total)

@@ -51,6 +51,8 @@ class Adapter:
             "label_smoothing": recipe.objective.label_smoothing, **limits,
             "precompute_ref_log_probs": recipe.precompute_reference,
         }  # fmt: skip
+        if recipe.lora and probe.reference_path and (0, 8) <= self.release < (0, 29):
+            asked["force_use_ref_model"] = True  # beside an adapter a reference is refused without it
         base = getattr(trl, "DPOConfig", TrainingArguments)
         known = {field.name for field in fields(base)}
         told = {NAMES.get(name, name) if name not in known else name: value
@@ -85,6 +87,8 @@ class Adapter:
             raise Unsupported("a limit of whole rows: this release cuts the prompt first, then the completion's end")
         if len(sets) > 2:
             raise Unsupported("several evaluation sets")
+        if recipe.momentum and release("transformers") < (5,):
+            raise Unsupported("momentum: transformers before 5 has no setting for that of SGD")
 
     def losses(self, asked):
         if asked.kind not in LOSSES or self.release < LOSSES[asked.kind]:

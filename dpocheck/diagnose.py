@@ -11,17 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from dpocheck import derive
-from dpocheck.experiment import Experiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
-from dpocheck.observation import LogpSeen, LossSeen, Seen, SequenceSeen, StepSeen, TrainSeen
+from dpocheck.evidence import (
+    Evidence,
+    Fact,
+    cost,
+    distance,
+    evidence,
+    fields,
+    observables,
+    planned,
+    route,
+    trains,
+    vector,
+)  # fmt: skip
+from dpocheck.experiment import Experiment, LossExperiment
+from dpocheck.observation import Seen
 from dpocheck.oracle.faults import CHOICES
 from dpocheck.oracle.theory import FAULTS, PAPER, Theory
-from dpocheck.reading import entries
 from dpocheck.result import Diagnosis, Result
 from dpocheck.session import Limit, Predict
 
@@ -29,14 +39,10 @@ SHOWN = 3  # diagnoses that a report names
 NEAR = 0.2  # a fault that leaves more than this share of the error explains nothing
 SOME = 0.9  # one that leaves less explains something
 EXACT = 0.02
+ROUNDING = 0.002  # what a fault that is the right one may leave beyond the bounds, which are those of the paper
 SCREENED = 15  # faults that are judged on all the evidence, after one small experiment
 WITNESSES = 24  # further observations that decide between faults which explain the failure equally well
 DEAR = 40  # the cost of an experiment that is not predicted under every fault: some twenty steps of a run
-FIELDS: dict[type, tuple[str, ...]] = {
-    LossSeen: ("per_pair", "reduced", "slopes", "rewards_chosen", "rewards_rejected"), LogpSeen: ("logps",),
-    StepSeen: ("loss", "gradient", "attended"), TrainSeen: ("gradient", "attended", "logits"),
-}  # fmt: skip
-SHOWS_MORE = ("attended", "rewards_chosen", "rewards_rejected")  # beside what the gradient and the loss show
 K2 = 2.0**20  # the square of the scale between logits and float32 parameters: weight decay is told in the latter's unit
 
 # Field of a theory -> (starting points of the fit, words with the fitted number).
@@ -58,43 +64,27 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], Callable[[float], str]]] = {
     "momentum_extra": ((0.5,), lambda x: f"undeclared momentum, {x:.4g}"),
 }
 
-Evidence = list[tuple[Experiment, Seen]]
 Named = tuple[str, Theory]
-Numbers = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Fact:
-    """One observable of one experiment, in units of what rounding explains of an error, number by number.
-
-    `due`: the paper's error, a Euclidean norm; `peak`: the greatest of its numbers.
-    """
-
-    experiment: Experiment
-    name: str
-    seen: np.ndarray
-    limit: np.ndarray
-    due: float
-    peak: float
-    trained: bool  # it shows what is trained, not only what is logged or told beside it
-    vector: bool = False  # of a loss that returns one number a pair
-    plan: derive.Plan | None = None  # how it was derived from coarser experiments
-
-    @property
-    def informative(self) -> bool:
-        return self.peak > 1.0
 
 
 @dataclass(frozen=True)
 class Ranked:
     """A fault and how well it explains.  Shares of the paper's error that it leaves: of what trains, of what is logged;
-    `against`: witnesses that contradict it."""
+    `against`: witnesses that contradict it; `unexplained` of `others` further wrong observations by the same route are
+    left by it as they were."""
 
     name: str
     theory: Theory  # changes of the paper
     left: float
     beside: float = 0.0
     against: int = 0
+    unexplained: int = 0
+    others: int = 0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether most of what else is wrong has another cause, or this is not the cause."""
+        return 2 * self.unexplained > self.others
 
     def key(self) -> tuple[float, ...]:
         rest = 0.0 if self.left <= EXACT else self.left
@@ -116,7 +106,8 @@ class Diagnostician:
         if result.verdict != "fail" or not failing:
             return result
         best = self.ranked(failing, others)
-        return replace(result, diagnosis=tuple(Diagnosis(one.name, round(one.left, 6)) for one in best[:SHOWN]))
+        named = (Diagnosis(one.name, round(one.left, 6), one.unexplained, one.others) for one in best[:SHOWN])
+        return replace(result, diagnosis=tuple(named))
 
     def ranked(self, failing: Evidence, others: Evidence | Callable[[], Evidence] = ()) -> list[Ranked]:
         """All faults that explain the failing evidence, nearest first; none where it shows no wrong number."""
@@ -124,9 +115,9 @@ class Diagnostician:
         wrong = [fact.experiment for fact in facts if fact.informative]
         if not wrong:
             return []
-        cheapest = min(wrong, key=_cost)
+        cheapest = min(wrong, key=cost)
         first = [fact for fact in facts if fact.experiment == cheapest]
-        if _cost(cheapest) > DEAR:
+        if cost(cheapest) > DEAR:
             first = self._cheaper(_told(others)) or first
         found = self._judged(self._screened(first, list(candidates())), facts)
         if not found or found[0].left > EXACT:
@@ -135,7 +126,7 @@ class Diagnostician:
             single = min((one.left for one in found), default=1.0)
             pairs = self._judged(self._screened(first, list(dict(self._pairs(found)).items())), facts)
             found = sorted(found + [one for one in pairs if one.left < single / 2], key=Ranked.key)  # both take part
-        best = [one for one in found if one.left <= NEAR]
+        best = self._standing([one for one in found if one.left <= NEAR], failing, others)
         if len(best) > 1 and best[1].left <= best[0].left + EXACT:
             best = self._decided(best, _told(others))
         return best
@@ -150,14 +141,14 @@ class Diagnostician:
             for name, value in observables(seen):
                 if (truth := paper.get(name)) is not None and truth.shape == value.shape and value.size:
                     limit = self._noise(experiment, name, seen, value)
-                    size = _distance(value, truth, limit)
-                    found.append(Fact(experiment, name, value, limit, *size, _trains(name), _vector(seen), plan))
+                    size = distance(value, truth, limit)
+                    found.append(Fact(experiment, name, value, limit, *size, trains(name), vector(seen), plan))
         return found
 
     def _plan(self, experiment: Experiment, seen: Seen) -> derive.Plan | None:
         if seen.via != "derived" or not self.capabilities:
             return None
-        found = _planned(experiment, self.capabilities, self.theory)
+        found = planned(experiment, self.capabilities, self.theory)
         return None if isinstance(found, str) else found
 
     def _noise(self, experiment: Experiment, name: str, seen: Seen, value: np.ndarray) -> np.ndarray:
@@ -175,7 +166,7 @@ class Diagnostician:
 
     def _cheaper(self, others: Evidence) -> list[Fact]:
         """The facts of the cheapest witness that shows a wrong number."""
-        affordable = sorted((pair for pair in others if _cost(pair[0]) <= DEAR), key=lambda pair: _cost(pair[0]))
+        affordable = sorted((pair for pair in others if cost(pair[0]) <= DEAR), key=lambda pair: cost(pair[0]))
         for pair in affordable:
             facts = self.facts([pair])
             if any(fact.informative and fact.trained for fact in facts):
@@ -193,7 +184,7 @@ class Diagnostician:
             return 1.0 if fact.informative else 0.0
         if wrong.shape != fact.seen.shape:
             return 1.0
-        rest, peak = _distance(fact.seen, wrong, fact.limit)
+        rest, peak = distance(fact.seen, wrong, fact.limit)
         if not fact.informative:
             return 0.0 if peak <= 2.0 else float("inf")
         return 0.0 if peak <= 1.0 else rest / fact.due
@@ -275,10 +266,52 @@ class Diagnostician:
                 if set(one.theory.differs()).isdisjoint(fault.differs()):
                     yield " and ".join(sorted((one.name, other))), one.theory.but(**fault.differs())
 
+    def _standing(
+        self, best: list[Ranked], failing: Evidence, others: Evidence | Callable[[], Evidence]
+    ) -> list[Ranked]:
+        """Those that what else was seen by the same route does not refute.
+
+        A fault is refuted where the paper is right and the fault is not; and where it leaves a share of the failing
+        error and most of the other wrong numbers unexplained.  A second fault elsewhere does neither to one that is
+        there: it adds errors, and the first still explains its own.
+        """
+        if not best:
+            return best
+        routes = {route(experiment, seen, self.capabilities) for experiment, seen in failing}
+        known = {id(seen) for _, seen in failing}
+        usable = [
+            (e, s) for e, s in _told(others)
+            if not (s.raised or s.refused) and cost(e) <= DEAR and id(s) not in known
+            and route(e, s, self.capabilities) in routes
+        ]  # fmt: skip
+        groups = [facts for pair in usable[:WITNESSES] if (facts := self.facts([pair]))]
+        wrong = [facts for facts in groups if any(fact.informative for fact in facts)]
+
+        kept = []
+        for one in best[:SCREENED]:
+            theory = self.theory.but(**one.theory.differs())
+            left = sum(self.judge((one.name, one.theory), facts).left > NEAR for facts in wrong)
+            supported = replace(one, unexplained=left, others=len(wrong))
+            if not any(self._refuted(theory, facts) for facts in groups) and (
+                one.left <= ROUNDING or not supported.doubtful
+            ):
+                kept.append(supported)
+        return kept
+
+    def _refuted(self, theory: Theory, facts: list[Fact]) -> bool:
+        """Whether the paper is right of all that trains, and the theory is not."""
+        trained = [fact for fact in facts if fact.trained]
+        if not trained or any(fact.informative for fact in trained):
+            return False
+        try:
+            return any(self.share(fact, theory) > 1.0 for fact in trained)
+        except Exception:  # a fault that cannot happen in this experiment
+            return False
+
     def _decided(self, best: list[Ranked], others: Evidence) -> list[Ranked]:
         """Among equals, the one that agrees best with everything else that was seen."""
         equals = [one for one in best if one.left <= best[0].left + EXACT][:SCREENED]
-        usable = [(e, s) for e, s in others if not (s.raised or s.refused) and _cost(e) <= DEAR][:WITNESSES]
+        usable = [(e, s) for e, s in others if not (s.raised or s.refused) and cost(e) <= DEAR][:WITNESSES]
         groups = [self.facts([pair]) for pair in usable]
 
         def contradicted(one: Ranked) -> int:
@@ -288,15 +321,20 @@ class Diagnostician:
         decided = sorted((replace(one, against=contradicted(one)) for one in equals), key=Ranked.key)
         return decided + [one for one in best if one not in equals]
 
-    def alike(self, first: Theory, second: Theory, evidence: Evidence) -> bool:
-        """Whether two faults predict the same, to rounding, of all the evidence: they cannot be told apart."""
+    def alike(self, first: Theory, second: Theory, evidence: Evidence, *, trained: bool = False) -> bool:
+        """Whether two faults predict the same, to rounding, of all the evidence: they cannot be told apart.
+
+        `trained`: of what trains, whatever is logged beside it.
+        """
         one, other = (self.theory.but(**fault.differs()) for fault in (first, second))
         for fact in self.facts(evidence):
+            if trained and not fact.trained:
+                continue
             both = (fields(self.predict, fact.experiment, theory, fact.plan) for theory in (one, other))
             left, right = (found.get(fact.name) for found in both)
             if (left is None) != (right is None):
                 return False
-            if left is not None and (left.shape != right.shape or _distance(left, right, fact.limit)[1] > 2.0):
+            if left is not None and (left.shape != right.shape or distance(left, right, fact.limit)[1] > 2.0):
                 return False
         return True
 
@@ -310,88 +348,4 @@ def _told(others: Evidence | Callable[[], Evidence]) -> Evidence:
     return list(others() if callable(others) else others)
 
 
-def _cost(experiment: Experiment) -> float:
-    """Of a prediction, roughly, in milliseconds."""
-    if isinstance(experiment, LossExperiment):
-        return 0.1
-    if isinstance(experiment, Sequence):
-        return sum(_cost(run) for run in experiment.runs)
-    if isinstance(experiment, TrainExperiment):
-        steps = experiment.recipe.steps or (experiment.recipe.epochs or 1) * len(experiment.rows)
-        return 2.0 * steps + 0.2 * len(experiment.rows)
-    return 2.0 + 0.2 * len(getattr(experiment, "pairs", ()))
-
-
-@lru_cache(maxsize=8192)
-def fields(predict: Predict, experiment: Experiment, theory: Theory, plan: derive.Plan | None = None) -> Numbers:
-    """A prediction's numbers by name, remembered without the rest of it: many theories are asked of few experiments."""
-    fresh = getattr(predict, "__wrapped__", predict)
-    with np.errstate(all="ignore"):
-        told = tuple(fresh(one, theory) for one in (plan.experiments if plan else (experiment,)))
-        return dict(observables(plan.read(told) if plan else told[0]))
-
-
-@lru_cache(maxsize=4096)
-def _planned(experiment: Experiment, capabilities: tuple[str, ...], theory: Theory) -> derive.Plan | str:
-    return derive.plan(experiment, capabilities, theory)
-
-
-def observables(seen: Seen) -> Iterator[tuple[str, np.ndarray]]:
-    """The numbers in an observation, by the names that bounds know."""
-    if isinstance(seen, SequenceSeen):
-        for index, run in enumerate(seen.runs):
-            yield from ((f"runs.{index}.{name}", value) for name, value in observables(run))
-        return
-    for name in FIELDS[type(seen)]:
-        value = getattr(seen, name)
-        if value is not None:
-            array = np.asarray(value, float)
-            yield name, array[:2] if name == "slopes" else array
-    if isinstance(seen, TrainSeen):
-        named = {(entry["split"], name) for entry in seen.history or () for name in entry["metrics"]}
-        for split, name in sorted(named):
-            if name == "loss" or name.startswith(("rewards/", "logps/")):
-                yield f"history.{split}.{name}", np.array(entries(seen.history, split, name))
-    if isinstance(seen, StepSeen):
-        for name, value in sorted((seen.metrics or {}).items()):
-            if name.startswith(("rewards/", "logps/")):
-                yield f"metrics.{name}", np.array(value)
-
-
-def _vector(seen: Seen) -> bool:
-    """Whether the reduced loss is the mean that is taken here, of one number a pair."""
-    each, reduced = getattr(seen, "per_pair", None), getattr(seen, "reduced", None)
-    return each is not None and reduced is not None and bool(np.isclose(np.mean(each), reduced, rtol=1e-6))
-
-
-def _trains(name: str) -> bool:
-    last = name.split(".", 2)[2] if name.startswith("runs.") else name
-    return not last.startswith(("history.", "metrics.")) and last not in SHOWS_MORE
-
-
-def _distance(one: np.ndarray, other: np.ndarray, limit: np.ndarray) -> tuple[float, float]:
-    """Euclidean norm and greatest number of the difference, in units of `limit`; what is not finite in both, and alike,
-    is no difference."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other) / limit)
-    clipped = np.where(np.isfinite(error), np.minimum(error, 1e140), 1e140)
-    return float(np.linalg.norm(clipped)), float(np.max(clipped, initial=0.0))
-
-
-def evidence(observed: Evidence) -> Evidence:
-    """What was seen in the failing scenes; runs that raised or were refused, or had no table, tell nothing."""
-    kept = (TrainExperiment, StepExperiment, Sequence)
-    unique = {id(seen): (experiment, seen) for experiment, seen in observed}
-    return [
-        (experiment, seen)
-        for experiment, seen in unique.values()
-        if not (seen.raised or seen.refused) and (not isinstance(experiment, kept) or _tabular(experiment))
-    ]
-
-
-def _tabular(experiment: Any) -> bool:
-    runs = experiment.runs if isinstance(experiment, Sequence) else (experiment,)
-    return all(run.policy is not None and run.body.kind != "speaking" for run in runs)
-
-
-__all__ = ["PAPER", "Diagnostician", "Ranked", "evidence", "observables"]
+__all__ = ["PAPER", "Diagnostician", "Evidence", "Ranked", "evidence", "observables"]

@@ -10,10 +10,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A wrong theory near to what was seen; `score` is its error divided by the paper's, 0 for an exact match."""
+    """A wrong theory near to what was seen; `score` is its error divided by the paper's, 0 for an exact match.
+
+    `unexplained` of `others` further wrong observations by the same route are not explained by it: there is another
+    fault too, or it is another.
+    """
 
     name: str
     score: float
+    unexplained: int = 0
+    others: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

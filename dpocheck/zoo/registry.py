@@ -128,12 +128,23 @@ def _free(id: str) -> None:
         raise ValueError(f"the id {id!r} is taken")
 
 
+def _both(first: str, second: str) -> Any:
+    """The miniature with the broken parts of two specimens.  Raises ValueError where they break the same part."""
+    one, other = SPECIMENS[first], SPECIMENS[second]
+    if one.part == other.part:
+        raise ValueError(f"{first} and {second} both break the part {one.part!r}; choose specimens of different parts")
+    return replace(one.build(), **{other.part: other.function})
+
+
 def build(name: str) -> Any:
-    """The adapter of a specimen, a variant, or `miniature`; `NAME@train` has its method `train` alone.
+    """The adapter of a specimen, a variant, or `miniature`; `NAME@train` has its method `train` alone, and `NAME+NAME`
+    is the miniature with two parts broken.
 
     Raises ValueError on any other name.
     """
     name, _, only = name.partition("@")
+    if "+" in name:
+        return _both(*name.split("+"))
     found = SPECIMENS.get(name) or VARIANTS.get(name)
     if found is None and name != "miniature":
         near = difflib.get_close_matches(name, [*SPECIMENS, *VARIANTS, "miniature"], n=3)

@@ -240,9 +240,7 @@ def resolve(subject: Subject, predict: Predict, *, remembered: bool = False) -> 
         if question.capability not in subject.capabilities:
             continue
         if remembered and key(question.experiment(subject.theory)) not in subject.memory_keys():
-            promised = getattr(subject.says, question.says) if question.says else None
-            if promised in question.words:
-                subject.theory = subject.theory.but(**{question.field: promised})
+            _promised(question, subject)
             continue
         if (result := ask(question, subject, predict)) is not None:
             results.append(result)
@@ -276,8 +274,16 @@ def ask(question: Question, subject: Subject, predict: Predict) -> Result | None
     if second - least < 1e-9:
         return None  # the answers do not differ here
     if least * CLEARLY > second:
+        _promised(question, subject)
         return _result(question, experiment, "unknown", None, "no allowed answer is clearly the nearest")
     return _answered(question, experiment, subject, best)
+
+
+def _promised(question: Question, subject: Subject) -> None:
+    """Where nothing was seen, or a fault of another kind hides the answer, the documentation's word is taken."""
+    promised = getattr(subject.says, question.says) if question.says else None
+    if promised in question.words:
+        subject.theory = subject.theory.but(**{question.field: promised})
 
 
 def _answered(question: Question, experiment: Experiment, subject: Subject, best: str) -> Result:

@@ -11,6 +11,13 @@ derived from the coarser ones, so `train` alone, 15 to 30 lines, is enough for n
             ...                                          # train it with your trainer, as `recipe` asks
             return TrainOut(policy=policy, history=...)
 
+Several processes.  `ranks = True` on the class says that `train` may run as one of N processes, each started with
+torchrun's variables in its environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); there is no GPU, so
+that the group is gloo's.  `recipe.world_size` is N, `recipe.batch` the pairs of one process in a micro-batch.  All call
+`train` with the same arguments and the same folder.  The first one's `TrainOut` is read: its policy holds whole
+weights, or names the folder where they were saved.  The others return the same, or None.  A process is used for another
+run if the trainer left its group, or if the class says `keeps_group = True`: the next run works in the same group.
+
 Shapes: pair = number of preference pairs in a batch, row = 2 * pair rows, **chosen rows first, then rejected**,
 token = padded length.  Log-probs are *sums* over completion tokens, in nats.  Keyword names are the contract.
 

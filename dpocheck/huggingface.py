@@ -57,18 +57,6 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
 
 
-def leave_group() -> None:
-    """Leave the process group of a run in several processes, so that the next run in these can join another.
-
-    accelerate keeps what it knows of the group for as long as the process lives: that is forgotten too.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-
-    if PartialState._shared_state and PartialState().num_processes > 1:
-        PartialState().destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def resumed_from(recipe: Recipe, folder: Path) -> str | None:
     return None if recipe.resume_from is None else str(folder / f"checkpoint-{recipe.resume_from}")
 

@@ -1,7 +1,7 @@
 """TRL 1.16 through `DPOTrainer.train` alone."""
 
 from dpocheck.adapter import Says, TrainOut, Unsupported
-from dpocheck.huggingface import FORCED, arguments, checkpoints, dataset, history, leave_group, lora, resumed_from
+from dpocheck.huggingface import FORCED, arguments, checkpoints, dataset, history, lora, resumed_from
 
 LOSSES = {"sigmoid": "sigmoid", "robust": "robust", "hinge": "hinge", "ipo": "ipo"}
 
@@ -13,7 +13,7 @@ class Adapter:
     says = Says(eos="appended", truncation="keep_start", ipo="mean", reward_scale="beta", uneven_ranks="repeated",
                 objectives=("sigmoid", "robust", "hinge", "ipo", "sft"))  # fmt: skip
     forced = FORCED
-    ranks = True  # transformers' Trainer finds its process group in torchrun's variables
+    ranks = keeps_group = True  # transformers' Trainer finds torchrun's variables; accelerate keeps its process group
 
     def train(self, probe, rows, recipe, folder):
         from trl import DPOConfig, DPOTrainer
@@ -38,5 +38,4 @@ class Adapter:
         trainer.train(resume_from_checkpoint=resumed_from(recipe, folder))
         if sets:
             trainer.evaluate()
-        leave_group()
         return TrainOut(trainer.model, history(trainer.state.log_history, sets), checkpoints(folder))

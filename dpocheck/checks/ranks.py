@@ -154,8 +154,8 @@ def each_pair(case: Case) -> Comparison:
         if under(**choice).verdict == "pass":
             reason = f"{words}{', as documented' if stands else ''}: {shown}"
             return replace(alike, verdict="info" if stands else "fail", reason=reason)
-    lost = [str(number) for number, weight in enumerate(seen, start=1) if abs(weight) < 1e-3]
-    return replace(alike, reason=f"{f'lost: pair {chr(44).join(lost)}; ' if lost else ''}{shown}")
+    lost = ", ".join(str(number) for number, weight in enumerate(seen, start=1) if abs(weight) < 1e-3)
+    return replace(alike, reason=f"lost: pair {lost}; {shown}" if lost else shown)
 
 
 def weights(case: Case, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,6 +68,7 @@ def describe(adapter: Any) -> dict[str, Any]:
         "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
         "only": dict(getattr(adapter, "only", {})),
         "ranks": bool(getattr(adapter, "ranks", False)),
+        "keeps_group": bool(getattr(adapter, "keeps_group", False)),
         "form": getattr(adapter, "form", "adapter"),
         "lines": code_lines(type(adapter)) if getattr(adapter, "lines", None) is None else adapter.lines,
         "standalone": callable(getattr(adapter, "standalone", None)),

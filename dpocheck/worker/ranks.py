@@ -23,6 +23,7 @@ def is_silent(out: Any, payload: dict[str, Any]) -> bool:
 
 
 def in_group() -> bool:
-    """Whether the trainer is still in a process group: its processes cannot join another, and are not used again."""
+    """Whether the trainer is still in a process group.  Its processes are then not used again, unless the adapter says
+    `keeps_group`: a group cannot be left for the trainer, because what is left of its model may still hold it."""
     distributed = sys.modules.get("torch.distributed")
     return bool(distributed and distributed.is_available() and distributed.is_initialized())

@@ -157,7 +157,6 @@ RUNS = {
     "drop last": (TEXT, [replace(BASE, drop_last=True, steps=None, epochs=2)], {}),
     "no reference": (TEXT, [BASE], {"reference": None, "edit": lambda policy: policy.lm_head.weight.mul_(1.5)}),
     "dropout": (TEXT, [BASE], {"policy": model(1, dropout=0.5), "reference": model(2, dropout=0.5)}),
-    "ranks": (TEXT, [replace(BASE, world_size=2, batch=2)], {}),
     "precomputed": (TEXT, [replace(BASE, precompute_reference=True, shuffle=True, steps=8)], {}),
     "precomputed itself": (TEXT, [replace(BASE, precompute_reference=True, shuffle=True)], {"reference": None}),
     "resumed": (
@@ -266,9 +265,9 @@ def _likely(specimen):
         "evaluate": "evaluated",
         "metrics": "accumulated",
         "accumulate": "accumulated, clipped",
-        "reduce": "plain, ranks, accumulated",
+        "reduce": "plain, accumulated",
         "update": "decay, momentum, adamw, plain",
-        "order": "long, drop last, accumulated, ranks, resumed",
+        "order": "long, drop last, accumulated, resumed",
         "loss": "plain, loud, cdpo, robust, hinge, ipo, simpo, sft, by length",
         "reference": "plain, precomputed, precomputed itself, no reference, lora, lora itself, stale, spied, resumed",
     }.get(specimen.part)
@@ -281,7 +280,8 @@ def honest_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("honest")
 
 
-@pytest.mark.parametrize("name", SPECIMENS)
+# What needs several processes is run in tests/ranks.
+@pytest.mark.parametrize("name", [name for name, one in SPECIMENS.items() if not one.caught_by.startswith("RANKS-")])
 def test_a_specimen_runs_and_shows_at_each_capability_that_it_names(name, tmp_path, honest_folder):
     specimen, adapter = SPECIMENS[name], build(name)
     for capability in specimen.at:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpocheck import conventions, runner, smoke
+from dpocheck import conventions, runner, smoke, vocabulary
 from dpocheck.check import CHECKS, Check
 from dpocheck.known import Expected, apply, load
 from dpocheck.open import open_subject
@@ -55,8 +55,9 @@ class Piecewise:
         found = [] if self.trouble else conventions.resolve(self.subject, runner.cached_predict)
         self.answers = {result.id: result for result in found}
         self.session = Session(
-            self.subject, runner.cached_predict, runner.cached_bound, tier=options.tier, blocking=False
-        )
+            self.subject, runner.cached_predict, runner.cached_bound, tier=options.tier, blocking=False,
+            seed=options.seed, shrink=options.shrink,
+        )  # fmt: skip
 
     def __enter__(self) -> Piecewise:
         return self
@@ -87,6 +88,8 @@ class Piecewise:
         """The result of one check, with its diagnosis."""
         if self.trouble:
             return unsaid(check.id, "error", self.trouble)
+        if check.chapter == vocabulary.CHAPTER and check.scenes:
+            return vocabulary.again(self.subject, check)
         return runner.diagnosed([self.session.result(check)], self.session)[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dpocheck.check import Case, Check, Comparison, Scene
@@ -95,7 +95,7 @@ def results(subject: Subject, checks: Iterable[Check], tokenizer: str, *, blocki
 
     `blocking`: where a run's rows have other text than is due, the other checks say nothing about that run.
     """
-    from dpocheck.session import ORDER, Outcome, report
+    from dpocheck.session import Outcome
 
     fed = [(scene, _observed(subject, scene)) for scene in scenes(tokenizer, subject)]
     found, wrong = [], set()
@@ -103,18 +103,33 @@ def results(subject: Subject, checks: Iterable[Check], tokenizer: str, *, blocki
         began = time.perf_counter()
         outcomes = []
         for scene, seen in fed:
-            bare = replace(scene, experiments=())
             if blocking and scene.name in wrong:
                 blocked = Comparison("blocked", reason=f"{FIRST} failed before")
-                outcomes.append(Outcome(blocked, bare, blocked_by=FIRST))
+                outcomes.append(Outcome(blocked, scene, blocked_by=FIRST))
                 continue
             comparison = _judged(check, scene, seen, subject)
             if check.id == FIRST and comparison.verdict == "fail":
                 wrong.add(scene.name)
-            outcomes.append(Outcome(comparison, bare, "native", seen.output))
-        told = min(outcomes, key=lambda outcome: ORDER.index(outcome.comparison.verdict))
-        found.append(report(check, told, time.perf_counter() - began))
+            outcomes.append(Outcome(comparison, scene, "native", seen.output))
+        found.append(_worst(check, outcomes, began))
     return found
+
+
+def again(subject: Subject, check: Check) -> Result:
+    """The result of one check on its own scenes: what a replay asks."""
+    from dpocheck.session import Outcome
+
+    began = time.perf_counter()
+    fed = [(scene, _observed(subject, scene)) for scene in check.staged(subject.theory)]
+    judged = [Outcome(_judged(check, scene, seen, subject), scene, "native", seen.output) for scene, seen in fed]
+    return _worst(check, judged, began)
+
+
+def _worst(check: Check, outcomes: list[Any], began: float) -> Result:
+    from dpocheck.session import ORDER, report
+
+    told = min(outcomes, key=lambda outcome: ORDER.index(outcome.comparison.verdict))
+    return report(check, told, time.perf_counter() - began)
 
 
 def _judged(check: Check, scene: Scene, seen: Fed, subject: Subject) -> Comparison:

@@ -16,6 +16,7 @@ from dpocheck.experiment import (
     Sequence,
     StepExperiment,
     Table,
+    TextExperiment,
     Tokenizer,
     TrainExperiment,
 )
@@ -87,6 +88,9 @@ def _one(experiment: Any) -> tuple[str, list[str]]:
     if isinstance(experiment, Sequence):
         sentence, table = describe(experiment.runs)
         return f"runs in one folder, one after the other: {sentence}", table
+    if isinstance(experiment, TextExperiment):
+        asked = f"{plural(len(experiment.rows), 'pair')}, one a step, on the tokenizer in {experiment.tokenizer}"
+        return asked, _row_table(experiment.rows)
     return line(experiment)[:200], []
 
 

@@ -94,7 +94,7 @@ def whole_runs(result: Result, report: Report) -> tuple[TrainExperiment, ...]:
             runs += experiment.runs
         elif isinstance(experiment, TrainExperiment):
             runs.append(experiment)
-        elif CAPABILITY[type(experiment)] in capabilities:
+        elif type(experiment) not in CAPABILITY or CAPABILITY[type(experiment)] in capabilities:
             return ()
         else:
             coarse = plan(experiment, capabilities, theory)

@@ -1,4 +1,4 @@
-"""A DPO trainer without torch: a Llama in numpy float64, differentiated by a tape of its own, weights kept as stored."""
+"""A DPO trainer without torch: a Llama in numpy float64, differentiated by its own tape; weights stay as stored."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Tape:
 
 def fit(gradient, node):
     """Summed over the axes that broadcasting added."""
-    for axis in range(gradient.ndim - node.value.ndim):
+    for _ in range(gradient.ndim - node.value.ndim):
         gradient = gradient.sum(axis=0)
     for axis, size in enumerate(node.value.shape):
         if size == 1 and gradient.shape[axis] != 1:

@@ -44,7 +44,7 @@ def split(tokenizer: Any, row: dict) -> tuple[list[int], list[int], list[int]]:
         prompt, sides = sides[0][:at], [side[at:] for side in sides]
     if isinstance(prompt, str):
         whole = [tokenizer.encode(prompt + side) for side in sides]
-        whole = [ids if ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id] for ids in whole]
+        whole = [ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id] for ids in whole]
         alone = tokenizer.encode(prompt)
     else:
         chat = tokenizer.apply_chat_template
@@ -275,7 +275,7 @@ class TwoPasses(Own):
 
     def gradient(self, part, pairs):
         with torch.no_grad():
-            losses, told = self.losses(part)
+            _, told = self.losses(part)
             objective = self.recipe.objective
             slope = objective.label_smoothing - torch.sigmoid(-told["rewards/margins"])
             weights = objective.beta * slope / pairs

@@ -16,7 +16,10 @@ from dpocheck.check import CHECKS
 from dpocheck.miniature import MINIATURE
 from dpocheck.miniature import rows as parts
 from dpocheck.open import UsageError, open_subject
-from dpocheck.runner import Options, select
+from dpocheck.replay import replay
+from dpocheck.report.files import gather
+from dpocheck.runner import Options, run, select
+from dpocheck.stored import read
 
 IDS = tuple(id for id in CHECKS if id.startswith("TOK-"))
 TOKENIZERS = {"plain": users.write, "chatml": users.chatml, "llama2": users.llama2}
@@ -35,6 +38,21 @@ def verdicts(trainer: Any, tokenizer: Path, folder: Path, *, blocking: bool = Tr
     finally:
         subject.close()
     return {result.id: result.verdict for result in found}
+
+
+def test_a_finding_is_stored_and_replayed(folders, tmp_path):
+    """The stored rows and the tokenizer's folder are all that a replay needs."""
+    subject = Path(__file__).with_name("trainer_that_upper_cases.py")
+    options = Options(subject=f"{subject}:Adapter", tokenizer=str(folders["plain"]), only=("TOK-ROUND-TRIP",))
+    report = run(options)
+    (result,) = report.results
+    assert result.verdict == "fail"
+    _, contents = gather(report, options={})
+    (path,) = [name for name in contents if name.startswith("experiments/")]
+    (tmp_path / "stored.json").write_bytes(contents[path])
+    found = replay(read(tmp_path / "stored.json"))
+    assert (found.verdict, found.where) == ("fail", result.where)
+    assert "on the tokenizer in" in contents["tok-round-trip.txt"].decode()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -42,7 +42,7 @@ MAY_DIFFER = frozenset(
         *("model", "reference", "tokenizer", "train", "eval", "output_dir", "device", "batch", "accumulation"),
         *("logps", "reference_batch", "reference_cache", "eval_batch", "eval_every", "eval_at_start", "confidence"),
         *("save_every", "keep_last", "resume", "print_every", "trackers", "gradient_checkpointing"),
-        *("shard", "cpu_offload"),
+        *("shard", "cpu_offload", "compile"),
     ]
 )
 

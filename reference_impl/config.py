@@ -103,6 +103,8 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"
     """bf16: float32 weights and optimizer, bfloat16 matrix products."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile of each decoder layer."""
     lora: LoraSettings | None = None
     logps: Literal["auto", "chunked", "full"] = "auto"
     """How completions are scored; auto: chunked where the architecture's head is known."""

@@ -110,6 +110,13 @@ def score_in_parts(device: torch.device, model: nn.Module, batch: RowBatch) -> T
     return logps
 
 
+def compile_layers(policy: Policy) -> None:
+    """torch.compile of each decoder layer, in place; the first steps, and steps of new shapes, take longer."""
+    for layer in layers_of(policy.model):
+        layer.compile()
+        policy.undo.append(functools.partial(setattr, layer, "_compiled_call_impl", None))
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers, as the architecture names them; without names, the longest list of modules.
 

@@ -82,6 +82,8 @@ def prepare(
         given = crew.together(lambda: _given_reference(config, crew, policy, reference, tokenizer))
         identity = _identity(crew, folder, policy, given, live) | {"data": train.fingerprint}
         references = _references(config, crew, folder, policy, given, sets, live)
+        if config.compile:
+            parallel.compile_layers(policy)
     except BaseException:
         policy.give_back()
         raise

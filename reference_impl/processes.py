@@ -251,6 +251,8 @@ def _device(config: TrainConfig) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
+        if config.cpu_offload:
+            raise ConfigError("cpu_offload=True has no effect on a CPU: the weights are in its memory already")
         return torch.device("cpu")
     if kind != "cuda":
         raise ConfigError(f"device is {kind!r}, but each of {number()} processes has its own: set auto, cuda or cpu")

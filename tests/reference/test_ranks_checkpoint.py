@@ -153,10 +153,10 @@ def test_model_whose_files_have_other_names_is_saved_and_resumed(tmp_path: Path)
         torch.manual_seed(0)
         settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
-        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings, **heads)).double()
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings, **heads))
 
     def action(rank: int) -> None:
-        config = TrainConfig(**{**SETTINGS, "output_dir": str(tmp_path / "run"), "steps": 4})
+        config = TrainConfig(**{**SETTINGS, "output_dir": str(tmp_path / "run"), "steps": 4, "dtype": "fp32"})
         train(config, model=make(), train_rows=pairs(10))
 
     assert not any(join(start(2, action, tmp_path / "a"))), (tmp_path / "a" / "said-0.txt").read_text()

@@ -84,7 +84,7 @@ def start(world: int, action: Callable[[int], None], folder: Path) -> list[int]:
     return children
 
 
-def join(children: list[int], seconds: float = 120) -> list[int]:
+def join(children: list[int], seconds: float = 240) -> list[int]:
     """Exit codes, negative for signals; what still runs after `seconds` is killed and counts as -9."""
     codes: dict[int, int] = {}
     end = time.monotonic() + seconds
@@ -104,8 +104,8 @@ def join(children: list[int], seconds: float = 120) -> list[int]:
 
 def run(world: int, folder: Path, model: Callable[[], Any], config: dict[str, Any], **given: Any) -> Outcome:
     """Trains in `world` processes, 1 for a process alone; the model is made in each of them.  given: train's other
-    arguments; a reference is a function that makes it."""
-    make_reference = given.pop("reference", None)
+    arguments; a reference is a function that makes it; seconds: how long it may take."""
+    make_reference, seconds = given.pop("reference", None), given.pop("seconds", 240)
 
     def action(rank: int) -> None:
         result = train(
@@ -115,7 +115,7 @@ def run(world: int, folder: Path, model: Callable[[], Any], config: dict[str, An
         save_file(weights, folder / f"weights-{rank}.safetensors")
         (folder / f"history-{rank}.json").write_text(json.dumps(numbers(result.history)))
 
-    codes = join(start(world, action, folder))
+    codes = join(start(world, action, folder), seconds)
     said = [(folder / f"said-{rank}.txt").read_text() for rank in range(world)]
     if any(codes):
         return Outcome(codes, [], {}, said)

@@ -56,6 +56,8 @@ def plan(experiment: Experiment, capabilities: tuple[str, ...], theory: Theory) 
         return _loss(experiment, "step" if "step" in capabilities else "train", theory)
     if "train" not in capabilities:
         return f"the subject has neither `{wanted}` nor `train`"
+    if theory.bos == "added" and experiment.body.kind != "silent":
+        return "a whole run puts BOS before every row, where the model attends to it; this experiment has none"
     if isinstance(experiment, LogpExperiment):
         return _logps(experiment, theory)
     return _step(experiment, theory)

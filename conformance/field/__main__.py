@@ -3,6 +3,8 @@
     ci/field                    audit all subjects whose result is missing or was made by another state of the checkout
     ci/field trl-0.12.2 liger   audit these subjects, or all of a family
     ci/field --only LOSS-VALUE trl-0.12.2      one check; nothing is kept
+    ci/field --history          each pair of releases of conformance/history, on the check that must tell them apart
+    ci/field --page             write conformance/RESULTS.md from the stored results
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from conformance.field import audits, environments
+from conformance.field import audits, environments, history, page
 from conformance.field.subjects import FieldError, Trainer, chosen, load
 
 
@@ -25,15 +27,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="this check alone; nothing is kept")
     parser.add_argument("--again", action="store_true", help="also what is up to date")
     parser.add_argument("--list", action="store_true", help="the subjects, and the disk that each takes")
+    parser.add_argument("--history", action="store_true", help="the pairs of releases (NAME: pairs); none: all")
+    parser.add_argument("--page", action="store_true", help="write the page; audit nothing")
     options = parser.parse_args(arguments)
     try:
         known = load()
+        pairs = history.load(known)
+        if options.history:
+            return travelled(pairs, options.names, known)
         picked = chosen(options.names, known)
     except FieldError as error:
         print(f"ci/field: {error}", file=sys.stderr)
         return 2
     if options.list:
         return listed(picked)
+    if options.page:
+        page.PAGE.write_text(page.page(known, pairs), encoding="utf-8")
+        return 0
     if not options.names and not options.again:
         picked = [t for t in picked if (audits.stored(t) or {}).get("print") != audits.print_of(t)]
     return run(picked, options)
@@ -44,7 +54,7 @@ def run(picked: list[Trainer], options: argparse.Namespace) -> int:
     worst = 0
     more = ["--tier", options.tier, "--jobs", "1"]
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        waiting = {pool.submit(audits.audit, t, more + known(t), options.only): t for t in picked}
+        waiting = {pool.submit(audits.audit, t, more + expected(t), options.only): t for t in picked}
         for future in as_completed(waiting):
             trainer, result = waiting[future], future.result()
             print(line(trainer, result), flush=True)
@@ -54,7 +64,18 @@ def run(picked: list[Trainer], options: argparse.Namespace) -> int:
     return worst
 
 
-def known(trainer: Trainer) -> list[str]:
+def travelled(pairs: list[history.Pair], names: list[str], trainers: dict[str, Trainer]) -> int:
+    """Run the pairs and keep what they showed.  Exit code 1: a pair that the check does not tell apart."""
+    if unknown := [name for name in names if name not in {pair.name for pair in pairs}]:
+        raise FieldError(f"no pair is called {unknown[0]!r}; there are: {', '.join(pair.name for pair in pairs)}")
+    asked = [pair for pair in pairs if not names or pair.name in names]
+    found = history.run(asked, trainers)
+    history.keep(found)
+    print(history.table(asked, found))
+    return 0 if all(history.holds(found[pair.name]) for pair in asked) else 1
+
+
+def expected(trainer: Trainer) -> list[str]:
     return ["--known", str(trainer.expected)] if trainer.expected.is_file() else []
 
 

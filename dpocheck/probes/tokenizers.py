@@ -40,7 +40,9 @@ def fast(tokenizer: Tokenizer) -> dict[str, Any]:
         model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
         splitter, decoder = {"type": "WhitespaceSplit"}, None
     else:
-        merges = [list(tokenizer.merge)] if tokenizer.merge else []
+        # As one text where that is clear: tokenizers before 0.20 read no other form.
+        merge = tokenizer.merge or ()
+        merges = [] if not merge else [list(merge) if " " in "".join(merge) else " ".join(merge)]
         model = {
             "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,

@@ -1,0 +1,108 @@
+"""What did the field show?  Writes `conformance/RESULTS.md` from the stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conformance.field import audits, history
+from conformance.field.subjects import ROOT, Trainer
+
+PAGE = ROOT / "conformance" / "RESULTS.md"
+MARKS = {
+    "pass": "✔", "fail": "✘", "expected-fail": "✘", "unexpected-pass": "?", "error": "!", "unknown": "?", "info": "i",
+    "blocked": "·", "not-applicable": "–",
+}  # fmt: skip
+LEGEND = "✔ passed · ✘ failed · – not applicable · blank: not asked · ! the adapter's error · ? undecided"
+
+
+def page(known: Mapping[str, Trainer], pairs: list[history.Pair]) -> str:
+    results = {name: found for name, trainer in known.items() if (found := audits.stored(trainer))}
+    told = {name: result for name, result in results.items() if result.get("results")}
+    lines = [
+        "# The field: trainers that others wrote", "",
+        "Written by `ci/field --page` from `results/*.json`, which `ci/field` writes; "
+        "`subjects.toml` says what each subject is, `expected/*.toml` why it fails what it fails.", "",
+        "## Subjects", "", *_subjects(known, results), "",
+        "## Findings", "", *_findings(known, told), "",
+        "## Time travel", "", history.table(pairs, history.stored()), "",
+    ]  # fmt: skip
+    for family in dict.fromkeys(known[name].family for name in told):
+        members = {name: result for name, result in told.items() if known[name].family == family}
+        lines += [f"## {family}: checks", "", LEGEND + ".", "", *_checks(members), "",
+                  f"## {family}: conventions", "", *_conventions(members), ""]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _subjects(known: Mapping[str, Trainer], results: Mapping[str, Any]) -> list[str]:
+    lines = ["| subject | route | passed | failed | conventions | not applicable | other | audited | environment |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, result in results.items():
+        counts: dict[str, int] = {}
+        for check in result.get("results", []):
+            counts[check["verdict"]] = counts.get(check["verdict"], 0) + 1
+        failed = counts.pop("fail", 0) + counts.pop("expected-fail", 0)
+        cells = [counts.pop("pass", 0), failed, counts.pop("info", 0), counts.pop("not-applicable", 0)]
+        other = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+        size = f"{result['environment']['megabytes']} MB" if "environment" in result else ""
+        shown = name + (" (newest)" if known[name].newest else "")
+        if "broken" in result or result.get("smoke"):
+            other = "**" + _line(result.get("broken") or result["smoke"], 120) + "**"
+        told = [shown, result["route"], *map(str, cells), other, result["date"], size]
+        lines.append(f"| {' | '.join(told)} |")
+    return lines
+
+
+def _findings(known: Mapping[str, Trainer], told: Mapping[str, Any]) -> list[str]:
+    """A check a line: where it fails, and why."""
+    lines = ["| check | fails in | what is wrong there |", "|---|---|---|"]
+    reasons = {name: _reasons(known[name].expected) for name in told}
+    failing: dict[str, dict[str, list[str]]] = {}
+    for name, result in told.items():
+        for check in audits.found(result, "fail", "expected-fail"):
+            why = reasons[name].get(check["id"], "**not looked into yet**")
+            failing.setdefault(check["id"], {}).setdefault(why, []).append(name)
+    for id, by_reason in sorted(failing.items()):
+        lines += [f"| `{id}` | {', '.join(names)} | {why} |" for why, names in by_reason.items()]
+    return lines
+
+
+def _reasons(path: Path) -> dict[str, str]:
+    """check -> why its failure is expected, with the link."""
+    import tomllib
+
+    if not path.is_file():
+        return {}
+    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("expect", [])
+    linked = {entry["id"]: f" ([upstream]({entry['url']}))" if entry.get("url") else "" for entry in entries}
+    return {entry["id"]: _line(entry["reason"], 600) + linked[entry["id"]] for entry in entries}
+
+
+def _checks(members: Mapping[str, Any]) -> list[str]:
+    cells = {name: {c["id"]: c["verdict"] for c in result["results"] if not c["id"].startswith("CONV-")}
+             for name, result in members.items()}  # fmt: skip
+    every = list(dict.fromkeys(id for found in cells.values() for id in found))
+    lines = ["| check | " + " | ".join(_short(name) for name in members) + " |", "|---" * (len(members) + 1) + "|"]
+    for id in every:
+        lines.append(f"| `{id}` | " + " | ".join(MARKS.get(cells[name].get(id, ""), "") for name in members) + " |")
+    return lines
+
+
+def _conventions(members: Mapping[str, Any]) -> list[str]:
+    cells = {name: {c["id"]: (c.get("convention") or [None, "?"])[1]
+                    for c in result["results"] if c["id"].startswith("CONV-")}
+             for name, result in members.items()}  # fmt: skip
+    every = list(dict.fromkeys(id for found in cells.values() for id in found))
+    lines = ["| question | " + " | ".join(_short(name) for name in members) + " |", "|---" * (len(members) + 1) + "|"]
+    return lines + [f"| `{id}` | " + " | ".join(cells[name].get(id, "") for name in members) + " |" for id in every]
+
+
+def _short(name: str) -> str:
+    """The release, where that tells the columns of a family apart."""
+    return name.partition("-")[2] or name
+
+
+def _line(text: str, longest: int) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= longest else text[: longest - 3] + "..."

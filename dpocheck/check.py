@@ -162,8 +162,15 @@ def agree(case: Case, name: str, index: int = 0) -> Comparison:
             rival = getattr(case.predicted(index, case.theory.but(**wrong.differs())), name)
             reach = np.abs(np.asarray(rival, float) - np.asarray(paper, float))
             if not np.any(reach > 4 * np.asarray(case.bound(name, index))):
-                return replace(outcome, verdict="unknown", reason=f"this input cannot tell {wrong.differs()} apart")
+                return replace(outcome, verdict="unknown", reason=cannot_tell(wrong))
     return outcome
+
+
+def cannot_tell(wrong: Theory) -> str:
+    """Why an input proves nothing: it does not tell the paper from `wrong`."""
+    from dpocheck.oracle.faults import words
+
+    return f"this input cannot tell the paper from: {words(wrong)}"
 
 
 def logged(case: Case, name: str, *, split: str = "train", index: int = 0) -> Comparison:

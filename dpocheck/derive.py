@@ -8,7 +8,7 @@ all other tokens have probability one or cancel; batches are rectangular, prompt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -109,9 +109,16 @@ def _step(experiment: StepExperiment, theory: Theory) -> Plan | str:
 
 
 def _logps(experiment: LogpExperiment, theory: Theory) -> Plan | str:
-    """Each row is the chosen completion of one pair; its log-prob is read from the log of a run that does not move."""
+    """Each row is the chosen completion of one pair; its log-prob is read from the log of a run that does not move.
+
+    Such a run pads nothing.  Where the experiment pads with EOS, the tokenizer does, so that a mask made of token ids
+    loses the real EOS.
+    """
     size = experiment.table.size
     tokenizer = plain_words(size)
+    pads = {i for row in experiment.rows for i, real in zip(row.ids, row.attention, strict=True) if not real}
+    if pads == {tokenizer.eos}:
+        tokenizer = replace(tokenizer, pad_is_eos=True)
     pairs = []
     for row in experiment.rows:
         real = sum(row.attention)

@@ -23,6 +23,7 @@ def row(prompt: tuple[int, ...], completion: tuple[int, ...], *, left: int = 0, 
 
 
 # Through `train` each row is a batch of its own, which pads nothing: GRAD-RAGGED and RUN-GRADIENT look at batches.
+# What needs no padding is asked of it all the same.
 ALONE = Comparison("not-applicable", reason="a whole run pads as it likes; ragged batches are looked at elsewhere")
 
 PAIRS = scenes.ragged()
@@ -167,7 +168,7 @@ def token_zero(case: Case) -> Comparison:
     bug="mask = (ids != pad_id), with pad_id = eos_id.", fix="Mask by position.",
 )  # fmt: skip
 def pad_is_eos(case: Case) -> Comparison:
-    return ALONE if case.observed[0].via == "derived" else agree(case, "logps")
+    return agree(case, "logps")
 
 
 @check(

@@ -42,6 +42,7 @@ def values(case: Case, index: int = 0) -> Comparison:
 @check(
     "LOSS-VALUE", chapter="loss", stage="loss", level="must", needs=set(), source=EQ7,
     draw=draws.losses,
+    rivals=(PAPER.but(coefficients=(-1.0, 1.0, -1.0, 1.0)), PAPER.but(coefficients=(1.0, 1.0, -1.0, 1.0))),
     scenes=[
         scene("five pairs", ORDINARY), scene("one pair", SINGLE), scene("policy near the reference", NEAR),
         scene("large log-probs, small margins", CANCELLING),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpocheck.check import Case, Comparison, check, logged, scene, worst
+from dpocheck.check import Case, Comparison, cannot_tell, check, logged, scene, worst
 from dpocheck.checks import draws, scenes
 from dpocheck.derive import STILL
 from dpocheck.experiment import Objective, Recipe
@@ -50,7 +50,7 @@ def _power(case: Case, names: tuple[str, ...]) -> Comparison:
     if case.experiments[0].recipe.accumulation > 1:
         for wrong in case.rivals:
             if not any(_apart(case, name, wrong) for name in names):
-                return Comparison("unknown", reason=f"this input cannot tell {wrong.differs()} apart")
+                return Comparison("unknown", reason=cannot_tell(wrong))
     return Comparison("not-applicable")
 
 

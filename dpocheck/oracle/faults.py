@@ -47,6 +47,7 @@ def _positions() -> None:
         fault(f"reference only: {names[value]}", counted_reference=value)
     fault("attends to padding", attention="pads")
     fault("all positions equal", attention="equal-positions")
+    fault("positions counted backwards", attention="backwards")
     fault("attends to later tokens", attention="future")
 
 
@@ -262,3 +263,11 @@ CHOICES: dict[str, Theory] = {
     "logps per token in the log": PAPER.but(logps_logged="mean"),
     "every pair weighs the same in the metrics of an uneven window": PAPER.but(uneven_metrics="pairs"),
 }
+
+
+def words(theory: Theory) -> str:
+    """The name of a fault or an allowed choice; where it has none, the fields that differ from the paper."""
+    for name, known in (*FAULTS.items(), *CHOICES.items()):
+        if known == theory:
+            return name
+    return ", ".join(f"{field.replace('_', ' ')} {value}" for field, value in theory.differs().items())

@@ -9,7 +9,7 @@ import numpy as np
 from dpocheck.check import Case, Comparison, agree, check, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL
-from dpocheck.experiment import Objective, Recipe, Sequence
+from dpocheck.experiment import Objective, Pair, Recipe, Sequence
 from dpocheck.oracle.theory import Theory
 from dpocheck.reading import entries
 
@@ -128,11 +128,22 @@ def coverage(case: Case) -> Comparison:
 # ------------------------------------------------------------------------------------------------------- the order
 
 ROWS = 8  # one order in 40 320: two are equal by chance as good as never
+PROMPTS = (4, 1, 7, 2, 8, 3, 6, 5)  # tokens: a loop that sorts by length, after shuffling too, has one order
+
+
+def _unequal() -> tuple[Pair, ...]:
+    """Pairs of one token and EOS a side, after prompts of eight lengths."""
+    eos, start, found = scenes.WORDS.eos, 0, []
+    for length in PROMPTS:
+        ids = tuple(range(start, start + length + 2))
+        start += length + 2
+        found.append(Pair(ids[:length], (ids[length], eos), (ids[length + 1], eos)))
+    return tuple(found)
 
 
 def _orders(theory: Theory) -> list:
     recipe = Recipe(HALF, learning_rate=STILL, batch=1, steps=2 * ROWS, shuffle=True, seed=11)
-    first = scenes.run(scenes.rectangular(ROWS), theory, recipe)
+    first = scenes.run(_unequal(), theory, recipe)
     second = replace(first, recipe=replace(recipe, seed=12))
     plain = replace(first, recipe=replace(recipe, shuffle=False, steps=ROWS))
     return [scene("two epochs over eight rows with one seed, with another, and in order", first, second, plain,
@@ -168,7 +179,8 @@ def shuffled(case: Case) -> Comparison:
         return _rows_come("fail", same, epochs[same], "another order than in the first epoch")
     if plain != in_order:
         return _rows_come("fail", "run without shuffling", plain, "the data's order")
-    return Comparison("pass")
+    seen = "; ".join(f"{name}: {' '.join(str(i + 1) for i in order)}" for name, order in epochs.items())
+    return Comparison("pass", observed=f"rows in the {seen}")
 
 
 def _rows_come(verdict: str, where: str, order: list[int | None], expected: str) -> Comparison:

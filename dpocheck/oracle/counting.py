@@ -15,7 +15,9 @@ from dpocheck.oracle.theory import Theory
 
 Scored = list[tuple[int, int, int]]
 
-CLOCK = 4.0  # the clock's attention score is CLOCK * cos(i - j) at positions i, j, before the softmax
+# The clock's attention score is CLOCK * (cos d - sin d) at the distance d = i - j, before the softmax.  It is not even:
+# a score of cos d alone would let positions that are counted backwards pass.
+CLOCK = 2.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def seen(row: TokenRow, position: int, kind: str, attention: str, size: int) -> 
     if not keys:
         keys = [position]
     if kind == "clock" and attention != "equal-positions":
-        scores = CLOCK * np.cos(position - np.array(keys, dtype=float))
+        distance = (position - np.array(keys, dtype=float)) * (-1 if attention == "backwards" else 1)
+        scores = CLOCK * (np.cos(distance) - np.sin(distance))
         weights = np.exp(scores - scores.max())
     else:
         weights = np.ones(len(keys))

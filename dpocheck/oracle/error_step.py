@@ -103,11 +103,14 @@ def batch_error(
         np.add.at(slope, side, np.abs(out_loss.slopes[index]))
         np.add.at(row_slope, side, loss.slopes[index])
     states = state_errors(scores, batch.policy, slope / divisor, row_slope / divisor, batch.pairs, u, tiny, perturbed)
-    # A glass body's shares are themselves off by a few roundings of the attention's softmax and sums.
+    # A glass body's shares are themselves off by roundings of the attention.  Softmax and sums take 2 log2(size) + 12.
+    # The clock's score is q.k / 16 with |k| = 8 and |q| = 4 sqrt 2, turned by cosines and sines that are off by 2 u:
+    # each coordinate of q by 16 u, of k by 12 u; with the two products and their sum q.k is off by less than
+    # 5.7 * 12 * 1.5 u + 8 * 16 * 1.5 u + 2 * 45 u < 390 u, the score by 25 u, a share by twice that.
     cells, shares = spread(states, batch.policy, batch.size)
     if shares is not None:
         sizes = np.abs(batch.policy.mix).T @ _sizes(scores, batch.policy, slope / divisor)
-        shares = shares + gamma(2 * np.log2(batch.size) + 12, u) * sizes
+        shares = shares + gamma(2 * np.log2(batch.size) + 12 + 50, u) * sizes
     return BatchError(loss, cells, shares, _metric_error(loss, out_loss, carried, objective, theory, u))
 
 

@@ -6,7 +6,7 @@ leave open (`theory.CONVENTIONS`).
 
 from __future__ import annotations
 
-from dpocheck.oracle.theory import PAPER, Theory, fault
+from dpocheck.oracle.theory import FAULTS, PAPER, Theory, fault
 
 
 def _rows_and_tokens() -> None:

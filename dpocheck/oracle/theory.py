@@ -59,7 +59,7 @@ class Theory:
     # which positions count, and what they see
     counted: Counted = "completion"
     counted_reference: Counted | None = None  # the reference's own rule; None: the same
-    attention: Literal["masked", "pads", "equal-positions", "future"] = "masked"
+    attention: Literal["masked", "pads", "equal-positions", "backwards", "future"] = "masked"
 
     # log-probs
     logps: Logps = "sum"

@@ -69,9 +69,11 @@ def _table(table: Table, body: Body, scale: Scales) -> dict[str, np.ndarray]:
         lift[np.arange(size, 2 * size), np.arange(size)] = ATTENDED
         built[layer + "o_proj.weight"] = lift
         norm[size : 2 * size] *= scale.c / ATTENDED
-        if body.kind == "clock":  # q = k = 8 e_0 for every token: the score is 4 cos(i - j) through RoPE's first pair
-            for name in ("q_proj.weight", "k_proj.weight"):
-                built[layer + name][0, :size] = 0.5
+        if body.kind == "clock":
+            # k = 8 e_0 and q = 4 (e_0 + e_half) for every token; RoPE turns the pair (e_0, e_half) by the position,
+            # so that the score q.k / 16 is 2 (cos d - sin d) at the distance d = i - j.
+            built[layer + "k_proj.weight"][0, :size] = 0.5
+            built[layer + "q_proj.weight"][[0, hidden // 2], :size] = 0.25
     head = np.zeros((size, hidden))
     head[:, :size] = table.logits().T / scale.k
     return built | {"model.embed_tokens.weight": scale.c * token, "model.norm.weight": norm, HEAD: head}

@@ -32,6 +32,17 @@ def positions_all_zero(model, batch):
     return model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
 
 
+@specimen(
+    "positions-count-backwards", part="forward", caught_by="GRAD-ATTENTION", at=SCORES,
+    theory=PAPER.but(attention="backwards"),
+)  # fmt: skip
+def positions_count_backwards(model, batch):
+    """Position ids fall from the first real token to the last: each distance has the opposite sign."""
+    positions = (batch.attention_mask.sum(1, keepdim=True) - batch.attention_mask.cumsum(1)).clamp(min=0)
+    ids, mask = batch.input_ids, batch.attention_mask
+    return model.eval()(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
 def _in_one_row(model, batch, groups):
     """Each group of rows is laid out in one causal row, and its logits are put back where they belong."""
     ids, attention = batch.input_ids, batch.attention_mask.bool()

@@ -110,7 +110,9 @@ def logits_under_glass(experiment, block: np.ndarray, kind: str) -> float:
     def logp(logits: np.ndarray, prompt: tuple[int, ...], completion: tuple[int, ...], extra: np.ndarray) -> float:
         ids, total = prompt + completion, 0.0
         for t in range(len(prompt), len(ids)):
-            weights = np.array([np.exp(4 * np.cos(t - 1 - j)) if kind == "clock" else 1.0 for j in range(t)])
+            distances = [t - 1 - j for j in range(t)]
+            scores = [2 * (np.cos(d) - np.sin(d)) if kind == "clock" else 0.0 for d in distances]
+            weights = np.exp(scores)
             shares = np.zeros(len(logits))
             for j, weight in enumerate(weights / weights.sum()):
                 shares[ids[j]] += weight

@@ -96,10 +96,11 @@ def _step(experiment: StepExperiment, theory: Theory) -> Plan | str:
         assert isinstance(answer, TrainSeen)
         logged = next((entry["metrics"] for entry in answer.history or () if entry["split"] == "train"), {})
         reference = answer.spies.get("reference", {})
+        read_through = {name: answer.floor[name] for name in ("gradient", "attended") if name in answer.floor}
         return StepSeen(
             via="derived", loss=logged.get("loss"), metrics=logged or None, gradient=answer.gradient,
             attended=answer.attended, reference_gradient=reference.get("gradient"), spies=answer.spies,
-            floor=_logged((answer,), loss="loss"),
+            floor=_logged((answer,), loss="loss") | read_through,
         )  # fmt: skip
 
     return Plan((run,), read)

@@ -119,6 +119,9 @@ def _row_reasons(file: CommandFile, rows: tuple[Row, ...]) -> Iterator[str]:
             yield "the trainer does not say that it takes rows without a prompt column"
     if file.rows.format == "hh" and not text:
         yield "chat rows cannot be written as hh"
+    texts = [part for row in rows for part in (row.prompt, row.chosen, row.rejected) if isinstance(part, str)]
+    if file.rows.format != "prompt-chosen-rejected" and any(part.strip() != part.removeprefix(" ") for part in texts):
+        yield f"white space around a text is not kept where rows are written as {file.rows.format}"
 
 
 def _update_reasons(file: CommandFile, experiment: TrainExperiment) -> Iterator[str]:

@@ -109,6 +109,21 @@ class Reading:
         return -np.linalg.solve(a, b.T).T / (self.rate * self.update.scale)
 
 
+    def noise(self, end: dict[str, np.ndarray], weights: Weights) -> float:
+        """How far rounding puts a logit's gradient that is read through an adapter; 0 where it is read directly.
+
+        An element of dB is a sum over the batch's tokens, with a relative error of about sqrt(tokens) * u of the sum of
+        its magnitudes (Higham and Mary 2019, with lambda = 4), and (A^T)^-1 adds such errors up in quadrature.
+        """
+        if self.update.kind != "lora":
+            return 0.0
+        a, gradient = end[weights.lora_a].astype(np.float64), self._from_lora(end, weights)
+        tokens = np.count_nonzero(np.abs(gradient).max(axis=0) > 1e-4 * np.abs(gradient).max())
+        errors = 4 * math.sqrt(tokens + 8) * 2.0**-24 * (np.abs(gradient) @ np.abs(a).T)
+        spread = np.sqrt(errors**2 @ np.linalg.inv(a.T) ** 2)
+        return float(spread.max()) / self.k_start
+
+
 def _factors(update: Update) -> tuple[float, float]:
     """a and b of the first step."""
     if update.bias_correction:

@@ -265,8 +265,11 @@ class Run:
         evaluation = self.experiment.evaluation[0][0] if self.experiment.evaluation else None
         log = self.file.log
         entries = history(log, matches, self._logged(), evaluation, self.recipe.accumulation)
+        floor = rounding(log, entries)
+        if noise := self.reading.noise(end, weights):
+            floor |= {"gradient": noise, "attended": noise, "logits": noise * self.experiment.recipe.learning_rate}
         fields = {
-            "history": entries, "floor": rounding(log, entries),
+            "history": entries, "floor": floor,
             "moved": moved, "digest": tables.digest(end), "start_digest": tables.digest(self.start),
         }  # fmt: skip
         return {"fields": fields, "spies": {}}, arrays

@@ -90,6 +90,31 @@ _metric(
 )  # fmt: skip
 
 
+def _short(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=2, accumulation=3)
+    return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe),
+        family="metrics")]
+
+
+@check(
+    "METRIC-WINDOW", chapter="metrics", stage="metrics", level="must", needs={"train.history.rewards/chosen"},
+    scenes=_short, rivals=(),
+    claim="What is logged of a step whose last micro-batch is short is a mean over all of its pairs, or of the "
+    "micro-batches' means.",
+    source=REWARD, covers=("MET-AGG",), why="The last point of each epoch's curves is of some of its pairs only.",
+    bug="TRL 0.14 to 0.28 cut every micro-batch of an epoch's last window to as many pairs as the last one has.",
+    fix="Gather with `gather`, or cut only the batch that holds fillers.",
+)  # fmt: skip
+def window(case: Case) -> Comparison:
+    return worst([_by_either_rule(case, name) for name in NAMES])
+
+
+def _by_either_rule(case: Case, name: str) -> Comparison:
+    told = [logged(replace(case, theory=case.theory.but(uneven_metrics=rule)), name)
+            for rule in ("micro-batches", "pairs")]  # fmt: skip
+    return next((one for one in told if one.verdict == "pass"), told[0])
+
+
 def _evaluation(theory: Theory) -> list:
     pairs = scenes.rectangular(8)
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=8, eval_batch=8)

@@ -73,6 +73,14 @@ _rewarded(
 # ------------------------------------------------------------------------------------------------- one window's metrics
 
 
+@specimen("window-cut-to-its-last-batch", part="metrics", caught_by="METRIC-WINDOW")
+def window_cut_to_its_last_batch(seen):
+    """Of each micro-batch of a window only as many pairs are logged as the last one has; the loss is right."""
+    kept = len(seen[-1].losses)
+    cut = [mini.Scored(*(getattr(s, f.name)[:kept] for f in dataclasses.fields(mini.Scored))) for s in seen]
+    return mini.metrics(cut) | {"loss": mini.metrics(seen)["loss"]}
+
+
 def _pairs(seen):
     """All pairs of a window, field by field, in float64."""
     return mini.Scored(

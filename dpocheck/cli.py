@@ -209,12 +209,14 @@ def named(subject: str) -> str:
     """A file without a name becomes all that is recognised in it, which is said; anything else stays as it is."""
     if not subject.endswith(".py") or not Path(subject).is_file():
         return subject
-    from dpocheck.functions.find import candidates, recognise
+    from dpocheck.functions.find import candidates, passed_over, recognise
 
     chosen = {candidate.name for candidate in recognise(subject)}
     for candidate in candidates(subject):
         mark = "" if candidate.name in chosen else "   (not audited: give its name)"
         click.echo(_plain(f"{subject}:{candidate}{mark}"))
+    for other in passed_over(subject):
+        click.echo(_plain(f"{subject}: passed over {other}"))
     click.echo()
     return f"{subject}:{','.join(sorted(chosen))}"
 

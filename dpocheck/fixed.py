@@ -43,7 +43,8 @@ NO_POWER = ("this input cannot tell", "would end within the bound", "would not s
 def own(experiment: Experiment, only: Mapping[str, Any], asked: Objective | None = None) -> Experiment:
     """The experiment at the objective that is asked for, or at the one beta that a subject has.
 
-    `only`: option -> the value it is fixed at in the subject.  `asked`: what takes the place of the ordinary objective.
+    `only`: option -> the value it is fixed at in the subject; `lengths`: how many tokens its log-probs are sums of.
+    `asked`: what takes the place of the ordinary objective.
     A loss experiment keeps its margins beta * h, its log-probs being scaled: a check that places margins finds them
     where it put them.  Experiments about other objectives stay as they are: a subject that has none of them refuses
     them, and their checks become not-applicable.
@@ -55,6 +56,8 @@ def own(experiment: Experiment, only: Mapping[str, Any], asked: Objective | None
     if isinstance(experiment, TrainExperiment):
         recipe = experiment.recipe
         return replace(experiment, recipe=replace(recipe, objective=_own(recipe.objective, {}, asked)))
+    if isinstance(experiment, LossExperiment) and experiment.lengths is None and "lengths" in only:
+        experiment = replace(experiment, lengths=(tuple(only["lengths"]),) * len(experiment.policy_chosen))
     objective = _own(experiment.objective, only, asked)
     if objective == experiment.objective:
         return experiment

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpocheck.adapter import Says
 from dpocheck.functions.forms import EXAMPLES
+from dpocheck.functions.losses import TOKENS
 from dpocheck.functions.options import own_kind
 from dpocheck.functions.parameters import NotRecognised, spelled
 from dpocheck.functions.target import Target, target
@@ -52,6 +53,8 @@ class FunctionAdapter:
             kind = own_kind(one.name)
             if one.match.form == "loss" and kind and not one.settable() & {"kind", "ipo"}:
                 found["kind"] = kind
+            if one.match.shape == "tokens":  # it sums log-probs itself; their number has to be known
+                found["lengths"] = TOKENS
         return found
 
     @property
@@ -61,6 +64,11 @@ class FunctionAdapter:
         for form, one in self.targets.items():
             found[one.name] = Said(f"{form}({spelled(one.parameters)}), by {one.match.by}")
             found |= {f"{one.name}: {key}": value for key, value in one.fixed.items()}
+            if getattr(getattr(self, form), "one_pair", False):
+                found[f"{one.name}: pairs"] = Said("one a call")
+            if one.match.shape == "tokens" or getattr(getattr(self, form), "wide", False):
+                found[f"{one.name}: log-probs"] = Said("token by token, {} chosen and {} rejected".format(*TOKENS))
+            found |= {f"{one.name}: {key}": value for key, value in one.overruled().items()}
             moved = getattr(getattr(self, form), "moved", None)
             if moved is not None and one.match.role("logits"):
                 how = "moved by one" if moved else "not moved: as transformers takes them"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpocheck.functions import forms, source_facts
 from dpocheck.functions.forms import EXAMPLES, Match, Refusal
-from dpocheck.functions.parameters import NotRecognised, Parameter, option, spelled
+from dpocheck.functions.parameters import NotRecognised, Parameter, option, spelled, words
 from dpocheck.functions.source_facts import Facts
 
 
@@ -47,6 +47,18 @@ def candidates(path: str | Path) -> list[Candidate]:
     tree = _parse(Path(path))
     found = (_judge(tree, definition, asked=False) for definition in _definitions(tree))
     return [one for one in found if isinstance(one, Candidate)]
+
+
+def passed_over(path: str | Path) -> list[str]:
+    """Functions that by their names are losses of pairs and that are not recognised, each with its line and reason."""
+    tree = _parse(Path(path))
+    found = []
+    for one in _definitions(tree):
+        judged = _judge(tree, one, asked=False)
+        if isinstance(judged, Refusal) and {*words(one.name.rpartition(".")[2])} & forms.PAIR_WORDS:
+            signature = spelled(source_facts.parameters(one.node))
+            found.append(f"{one.name}({signature}), line {one.node.lineno}: {judged.reason}")
+    return found
 
 
 def recognise(path: str | Path, name: str | None = None) -> list[Candidate]:
@@ -144,14 +156,16 @@ def _judge(tree: ast.Module, definition: _Definition, *, asked: bool) -> Candida
     if method and parameters and parameters[0].name in ("self", "cls"):
         parameters = parameters[1:]
     elif parameters and parameters[0].name == "self":
-        return Refusal("it wants `self`, and is not defined in a class; name it through its class, as Class.method")
+        if source_facts.reads(node, "self"):
+            return Refusal("it wants `self`, and is not defined in a class; name it through its class, as Class.method")
+        parameters = parameters[1:]
     name = getattr(node, "name", short)
     title = owner.name if method else ""
     match = forms.recognise(name, parameters, title)
     if isinstance(match, Refusal):
         return match
     facts = source_facts.facts(tree, node, owner)
-    doubt = None if asked else forms.doubt(match, name, title, facts)
+    doubt = forms.uncallable(match, facts) or (None if asked else forms.doubt(match, name, title, facts))
     if doubt:
         return Refusal(doubt)
     return Candidate(

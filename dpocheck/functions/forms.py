@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from dpocheck.functions.parameters import (
     ABBREVIATIONS,
     FOUR,
+    MARGIN,
+    POLICY,
+    PROBS,
+    REFERENCE,
+    WHAT,
     Concept,
     Parameter,
     concept,
@@ -36,6 +41,7 @@ OTHER_WORK = {
     "sample", "collate", "collator", "log", "plot", "save", "prepare", "load", "test", "reward", "rewards", "init",
     "from", "setup", "data",
 }  # fmt: skip
+NAMELESS = {"compute", "calculate", "calc", "call", "get", "apply", "run", "value"}  # its class says what is computed
 SUMS = {"sum", "mean", "cross_entropy", "CrossEntropyLoss", "nansum", "einsum", "loss_fct", "loss_fn", "nll_loss"}
 CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
 
@@ -45,8 +51,11 @@ class Match:
     """A recognised function.  `roles`: parameter -> what it is given; `options`: option -> parameter.
 
     `shape`, of a loss: four, ratios (policy's and reference's chosen minus rejected), margins (policy minus reference
-    of each completion), rows (all log-probs in one vector with two index vectors), tokens
-    (log-probs token by token, with a mask), two (no reference).  Of log-probs: pairs (it takes a batch of pairs).
+    of each completion), rows (all log-probs in one vector with two index vectors), halves (all in one vector or one
+    matrix, chosen first), tokens (log-probs token by token, with a mask), records (policy's and reference's, each with
+    its attributes), margin (h alone), two (no reference, per token: SimPO), policy (no reference, in what calls itself
+    DPO).
+    Of log-probs: pairs (it takes a batch, of pairs or of rows).
     """
 
     form: str
@@ -78,7 +87,7 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
     options = tuple((option(p.name), p.name) for p in usable if option(p.name))
     rest = tuple(p for p in usable if not option(p.name))
     told = {p.name: concept(p.name) for p in rest}
-    for attempt in (_four, _paper, _ratios, _two, _logps, _step, _by_position):
+    for attempt in (_four, _paper, _halves, _ratios, _margin, _two, _records, _logps, _step, _by_position):
         match = attempt(name, rest, told, options, owner)
         if match is None:
             continue
@@ -94,6 +103,8 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
 def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
     """Why a function that nobody asked for by name is perhaps not what its parameters look like; None: no doubt."""
     own = {*words(name)} if name not in ("forward", "__call__") else {*words(owner)}
+    if own <= NAMELESS and match.form == "loss":
+        own |= {*words(owner)} & LOSS_WORDS
     if own & OTHER_WORK and not own & PAIR_WORDS:
         return f"looks like {match.form}, but its name says otherwise"
     if facts.foreign:
@@ -103,7 +114,7 @@ def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
     said = [concept(text) for text in facts.strings | facts.fields | facts.attributes | set(dict(match.roles))]
     sides = {c.which for c in said} >= {"chosen", "rejected"}
     if match.form == "sequence_logps":
-        if match.shape == "pairs" and not sides:
+        if match.shape == "pairs" and not sides and not (own & {"logp"} and of_rows(facts)):
             return "looks like log-probs of pairs, but nothing in it speaks of chosen and rejected"
         if not own & {"logp"} and match.shape != "pairs":
             return "looks like sequence log-probs, but its name does not say so"
@@ -112,9 +123,27 @@ def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
     if match.form == "step":
         if not own & STEP_WORDS or not sides:
             return "looks like a step, but nothing in it speaks of chosen and rejected"
-        if not any(c.who == "reference" for c in said):
+        if not own & PAIR_WORDS and not any(c.who == "reference" for c in said):
             return "looks like a step, but nothing in it speaks of a reference"
+    if match.shape == "records" and not sides:
+        return "looks like a loss of two records, but nothing in it speaks of chosen and rejected"
     return None
+
+
+def of_rows(facts: Facts) -> bool:
+    """Does a function of a batch take rows as they are, by keys that speak of tokens and of no side?"""
+    said = [concept(text) for text in facts.strings]
+    asked = {c.what for c in said if not c.which}
+    sides = {c.which for c in [*said, *map(concept, facts.fields | facts.attributes)]} >= {"chosen", "rejected"}
+    return not sides and "ids" in asked and bool(asked & {"labels", "completion", "mask"})
+
+
+def uncallable(match: Match, facts: Facts) -> str | None:
+    """Why a function that takes a model cannot be given one of transformers; None: it can."""
+    if match.form == "loss" or not facts.asked_of_models:
+        return None
+    listed = ", ".join(f"{one}()" for one in sorted(facts.asked_of_models)[:3])
+    return f"it calls {listed} of its model, which a causal language model of transformers does not have"
 
 
 def rank(match: Match, name: str) -> int:
@@ -138,7 +167,10 @@ def _four(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
         if set(letters) <= set(names):
             roles = dict(zip((names[letter] for letter in letters), FOUR, strict=True))
             return Match("loss", tuple(roles.items()), options, "four")
-    sided = {n: c for n, c in told.items() if c.which and c.what in ("logp", "", "side") and not c.prompt}
+    named = {"logp", "", "side"}
+    if not any(c.what in ("labels", "mask", "completion", "attention", "ids") for c in told.values()):
+        named.add("logits")  # so some call what are log-probs: logits would come with labels
+    sided = {n: c for n, c in told.items() if c.which and c.what in named and not c.prompt}
     if len(sided) != 4:
         return None
     roles = {n: f"{c.who or 'policy'}_{c.which}" for n, c in sided.items()}
@@ -170,23 +202,63 @@ def _paper(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
     return None
 
 
+def _halves(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """The policy's log-probs and the reference's, chosen rows first: `dpo_loss(policy_logps, ref_logps, beta)`."""
+    if len(told) != 2 or not {*words(name), *words(owner)} & PAIR_WORDS:
+        return None
+    whose = {}
+    for n, c in told.items():
+        said = {*words(n)}
+        if c.which or not said & (WHAT["logp"] | PROBS) or not said <= WHAT["logp"] | PROBS | POLICY | REFERENCE:
+            return None
+        whose[n] = c.who or "policy"
+    if set(whose.values()) != {"policy", "reference"}:
+        return None
+    return Match("loss", tuple((n, f"{who}_rows") for n, who in whose.items()), options, "halves")
+
+
+def _records(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """What each model said about both completions: `loss(policy_outputs, reference_outputs)` with `.chosen_logps`."""
+    kinds = {"inputs", "input", "outputs", "output", "out", "logps", "batch"} | POLICY | REFERENCE
+    whose = {n: c.who for n, c in told.items() if c.who and not c.which and {*words(n)} <= kinds}
+    if len(told) != 2 or set(whose.values()) != {"policy", "reference"}:
+        return None
+    if not {*words(name), *words(owner)} & PAIR_WORDS or not any({*words(n)} - POLICY - REFERENCE for n in whose):
+        return None
+    return Match("loss", tuple((n, f"{who}_record") for n, who in whose.items()), options, "records")
+
+
 def _ratios(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
     """Two log-ratios: of chosen over rejected under each model, or of policy over reference of each completion."""
     ratios = {n: c for n, c in told.items() if c.what == "ratio"}
     for shape, keys in (("ratios", ("policy", "reference")), ("margins", ("chosen", "rejected"))):
-        roles = {n: f"{c.who if shape == 'ratios' else c.which}_ratio" for n, c in ratios.items()}
+        roles = {n: f"{(c.who or 'policy') if shape == 'ratios' else c.which}_ratio" for n, c in ratios.items()}
         if len(ratios) == 2 and set(roles.values()) == {f"{key}_ratio" for key in keys}:
             return Match("loss", tuple(roles.items()), options, shape)
     return None
 
 
-def _two(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
-    """Two log-probs and no reference: SimPO."""
-    if "simpo" not in f"{owner}.{name}".lower():
+def _margin(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """h alone, the difference of the log-ratios, and a beta: `dpo_loss(margin, beta)`."""
+    if len(told) != 1 or not any(key == "beta" for key, _ in options) or not {*words(name), *words(owner)} & PAIR_WORDS:
         return None
-    roles = {n: f"policy_{c.which}" for n, c in told.items() if c.which and c.what in ("logp", "")}
-    wanted = set(FOUR[:2])
-    return Match("loss", tuple(roles.items()), options, "two") if set(roles.values()) == wanted else None
+    ((n, said),) = told.items()
+    if said.which or said.who or not {*words(n)} <= MARGIN | WHAT["ratio"]:
+        return None
+    return Match("loss", ((n, "margin"),), options, "margin")
+
+
+def _two(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """Two log-probs and no reference: SimPO, or what calls itself DPO and has forgotten the reference."""
+    simpo = "simpo" in f"{owner}.{name}".lower()
+    if not simpo and "dpo" not in {*words(name), *words(owner)}:
+        return None
+    kinds = ("logp", "") if simpo else ("logp",)
+    roles = {n: f"policy_{c.which}" for n, c in told.items() if c.which and c.what in kinds and c.who != "reference"}
+    if set(roles.values()) != set(FOUR[:2]):
+        return None
+    lengths = _lengths(told) if simpo else ()
+    return Match("loss", (*roles.items(), *lengths), options, "two" if simpo else "policy")
 
 
 def _by_position(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from dpocheck.adapter import Objective, PairBatch, TokenBatch
 from dpocheck.functions.batches import pair_batch
-from dpocheck.functions.forms import SUMS
+from dpocheck.functions.forms import SUMS, of_rows
+from dpocheck.functions.losses import library
 from dpocheck.functions.models import expected, outside, speaking
 from dpocheck.functions.parameters import concept
 from dpocheck.functions.target import Target
@@ -38,18 +39,32 @@ class SequenceLogps:
         apart = {"completion", "prompt_length"} & {role for _, role in target.match.roles}
         self.labels = "ids" if single or (apart and not target.facts.ignores) else "ignored"
         self.singular = (target.match.role("prompt_length") or "").endswith(("len", "length", "start", "end"))
-        self.single = bool({"prompt_ids", "completion_ids"} & {role for _, role in target.match.roles})
+        given = {role for _, role in target.match.roles}
+        self.flat = {role for name, role in target.match.roles if name in target.facts.unsqueezed}  # one row, no batch
+        self.singular = self.singular or bool(self.flat)
+        self.single = bool({"prompt_ids", "completion_ids"} & given)
+        options = {key for key, _ in target.match.options}
+        self.padless = self.singular and not given & {"attention", "labels", "completion"} and "pad" not in options
+        self.numpy = library(target) == "numpy"
 
     def __call__(self, model: Any, batch: TokenBatch) -> Any:
         rows = batch.input_ids.shape[0]
         if self.single or self.singular:
             return self._row_by_row(model, batch)
         if self.target.match.shape == "pairs":
-            return self._pairs(model, batch)
+            return self._rows(model, batch) if of_rows(self.target.facts) else self._pairs(model, batch)
         out = reduce(self._ask(model, batch), batch)
         if out.ndim == 0 and rows > 1:  # written for one sequence
             return self._row_by_row(model, batch)
         return out.reshape(1) if out.ndim == 0 else out
+
+    def _rows(self, model: Any, batch: TokenBatch) -> Any:
+        """A function of a batch of rows, `batch["input_ids"]`, is given them under the keys that it asks for."""
+        fields = (batch.input_ids, batch.attention_mask, batch.completion_mask)
+        filled = pair_batch(PairBatch(*fields, max(pad_id(batch), 0)), self.target.facts, model, None)
+        given = {"model": model, "batch": filled, "settings": {"device": batch.input_ids.device}}
+        with speaking(expected(self.target.facts), model):
+            return reduce(self.target.call(given, Objective(), {"policy": model}), batch)
 
     def _pairs(self, model: Any, batch: TokenBatch) -> Any:
         """A function of a batch of pairs is asked for each row as a pair with itself; the chosen's answer is taken."""
@@ -76,11 +91,15 @@ class SequenceLogps:
         for row in range(batch.input_ids.shape[0]):
             fields = (batch.input_ids, batch.attention_mask, batch.completion_mask)
             one = TokenBatch(*(field[row : row + 1] for field in fields))
+            if self.padless:  # nothing would tell it what is padding
+                real = one.attention_mask[0] == 1
+                one = TokenBatch(*(field[row : row + 1, real] for field in fields))
             rows.append(reduce(self._ask(model, one), one).reshape(-1))
         return torch.cat(rows)
 
     def _ask(self, model: Any, batch: TokenBatch) -> Any:
-        given = {"model": model, "settings": {"pad": pad_id(batch), "device": batch.input_ids.device}}
+        device, rows = batch.input_ids.device, len(batch.input_ids)
+        given = {"model": model, "settings": {"pad": pad_id(batch), "device": device, "pairs": rows}}
         given |= tensors(batch, self.labels, self.singular)
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -88,11 +107,17 @@ class SequenceLogps:
             moved = {"logits": slice(None, -1), "labels": slice(1, None), "ids": slice(1, None)}
             moved |= {"completion": slice(1, None), "attention": slice(1, None)}
             given |= {key: given[key][:, where] for key, where in moved.items() if key in given}
+        for role in self.flat & set(given):
+            given[role] = given[role][0]
+        if self.numpy:
+            given = {role: _as_numpy(value) for role, value in given.items()}
         try:
             with speaking(expected(self.target.facts), model):
                 return self.target.call(given, Objective(), {"policy": model})
         except (IndexError, RuntimeError) as error:
             if self.labels == "ids" or not self.target.match.role("labels") or not outside(error):
+                raise
+            if self.target.facts.ignores:  # it knows -100 and fails on it: plain ids would be another question
                 raise
             self.labels = "ids"
             return self._ask(model, batch)
@@ -121,6 +146,8 @@ def reduce(out: Any, batch: TokenBatch) -> Any:
     """(row,) of what came back: itself, the first of a tuple, or the sum of log-probs token by token."""
     import torch
 
+    if type(out).__module__ == "numpy":
+        out = torch.as_tensor(out)
     if isinstance(out, dict):
         out = next(value for value in out.values() if torch.is_tensor(value))
     if isinstance(out, tuple | list) and out and torch.is_tensor(out[0]) and not _list_of_rows(out, batch):
@@ -134,6 +161,12 @@ def reduce(out: Any, batch: TokenBatch) -> Any:
         mask = batch.completion_mask[:, width - out.shape[1] :]
         return torch.where(mask == 1, out, torch.zeros_like(out)).sum(dim=1)
     return out
+
+
+def _as_numpy(value: Any) -> Any:
+    import torch
+
+    return value.detach().numpy() if torch.is_tensor(value) else value
 
 
 def _list_of_rows(out: Any, batch: TokenBatch) -> bool:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import math
+from contextlib import suppress
 from typing import Any
 
 from dpocheck.adapter import LossOut, Objective, Unsupported
 from dpocheck.functions import options
+from dpocheck.functions.parameters import concept
 from dpocheck.functions.target import Target
+
+NUMBERWISE = ("four", "ratios", "margins", "records", "policy", "margin")  # shapes that a single pair can have
+TOKENS = (2, 4)  # tokens of chosen and rejected completions, where a loss is given log-probs token by token
+ONE_NUMBER = (
+    "only one element tensors", "only 0-dimensional arrays", "only length-1 arrays", "only size-1 arrays",
+    "cannot be converted to Scalar", "Boolean value of Tensor with more than one value",
+    "truth value of an array with more than one element",
+)  # fmt: skip
+LIBRARIES = ("torch", "numpy", "builtins")
+HOLDERS = ("loss", "losses", "value")  # attributes of a result that hold the loss
 
 
 class Loss:
@@ -17,8 +30,11 @@ class Loss:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.library = library(target)
+        self.one_pair = self.library == "numbers"  # it is called once a pair
+        self.wide = False  # of the shape halves: log-probs token by token
         if "beta" not in target.settable() and "beta" not in target.fixed:
             target.fixed["beta"] = self._measured_beta()
+        self._settle()
 
     def __call__(
         self, policy_chosen: Any, policy_rejected: Any, reference_chosen: Any, reference_rejected: Any, *,
@@ -29,14 +45,32 @@ class Loss:
         return self._answer(four, objective, lengths)
 
     def _answer(self, four: tuple[Any, ...], objective: Objective, lengths: Any) -> Any:
-        if self.library == "numbers":
-            return self._number_by_number(four, objective, lengths)
+        """Call it with all pairs at once; one that turns out to be written for one pair is called once a pair."""
+        if self.one_pair:
+            return self._pair_by_pair(four, objective)
+        try:
+            return self._whole(four, objective, lengths)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            if self.target.match.shape == "halves" and not self.wide and _wants_tokens(error):
+                self.wide = True
+                return self._answer(four, objective, lengths)
+            if self.target.match.shape not in NUMBERWISE or not _wants_one(error):
+                raise
+            self.one_pair = True
+            return self._pair_by_pair(four, objective)
+
+    def _whole(self, four: tuple[Any, ...], objective: Objective, lengths: Any) -> Any:
         if self.library == "numpy":
             four = tuple(vector.detach().numpy().copy() for vector in four)
-        given = arrange(self.target.match.shape, four)
+        shape = "wide" if self.wide else self.target.match.shape
+        if shape == "halves" and self.target.facts.paired:
+            shape = "pairs"
+        given = arrange(shape, four, lengths, alternates=self.target.facts.alternates)
+        given["settings"] = {"pairs": len(four[0])}
         if lengths is not None:
             given |= {"chosen_length": lengths[0], "rejected_length": lengths[1]}
-            if self.target.match.shape == "two":  # SimPO is given log-probs per token
+            told = self.target.match.role("chosen_length") is not None
+            if shape == "two" and not told:  # SimPO is given log-probs per token
                 given["policy_chosen"] = given["policy_chosen"] / lengths[0]
                 given["policy_rejected"] = given["policy_rejected"] / lengths[1]
         out = self.target.call(given, objective)
@@ -45,22 +79,27 @@ class Loss:
             return LossOut(_tensor(out[0]), out[-1][:pairs], out[-1][pairs:])
         return unpack(out)
 
-    def _number_by_number(self, four: tuple[Any, ...], objective: Objective, lengths: Any) -> LossOut:
-        """A loss of plain numbers is called once a pair; it has no slopes."""
-        import torch
-
+    def _pair_by_pair(self, four: tuple[Any, ...], objective: Objective) -> LossOut:
+        """The losses of single pairs; those of a function of plain numbers have no slopes."""
         outs = []
         for pair in range(len(four[0])):
-            given = arrange(self.target.match.shape, tuple(vector[pair].item() for vector in four))
-            outs.append(unpack(self.target.call(given, objective)))
-        loss = torch.tensor([float(out.loss) for out in outs], dtype=torch.float64)
-        rewards = [
-            torch.tensor([float(value) for value in column], dtype=torch.float64)
-            if all(isinstance(value, int | float) for value in column)
-            else None
-            for column in zip(*((out.rewards_chosen, out.rewards_rejected) for out in outs), strict=True)
-        ]
-        return LossOut(loss, *rewards)
+            one = tuple(vector[pair] for vector in four)
+            if self.library != "torch":
+                one = tuple(value.item() for value in one)
+            if self.library == "numpy":
+                one = tuple(map(_numpy_number, one))
+            outs.append(unpack(self.target.call(arrange(self.target.match.shape, one), objective)))
+        columns = zip(*((out.loss, out.rewards_chosen, out.rewards_rejected) for out in outs), strict=True)
+        return LossOut(*map(_column, columns))
+
+    def _settle(self) -> None:
+        """Ask once, for how it wants to be asked."""
+        import torch
+
+        two = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+        objective = Objective(options.own_kind(self.target.name) or "sigmoid", beta=self.target.fixed.get("beta", 1.0))
+        with suppress(Exception):  # it will fail again, and be reported, when it is asked in earnest
+            self._answer((two, two - 1, two, two), objective, None)
 
     def _measured_beta(self) -> float:
         """The fixed beta of a function whose source names none or several: from its value at h = 1.
@@ -90,6 +129,7 @@ def library(target: Target) -> str:
     roots, todo, seen = set(), [code], set()
     while todo:
         current = todo.pop()
+        roots |= {str(i.argval).split(".")[0] for i in dis.get_instructions(current) if i.opname == "IMPORT_NAME"}
         todo += [inner for inner in current.co_consts if hasattr(inner, "co_names")]
         for name in current.co_names:
             value = space.get(name)
@@ -107,8 +147,12 @@ def library(target: Target) -> str:
     return "numbers" if "math" in roots else "torch"
 
 
-def arrange(shape: str, four: tuple[Any, ...]) -> dict[str, Any]:
-    """The four log-probs in the shape that a loss takes them, by role."""
+def arrange(shape: str, four: tuple[Any, ...], lengths: Any = None, *, alternates: bool = False) -> dict[str, Any]:
+    """The four log-probs in the shape that a loss takes them, by role.
+
+    `lengths`: how many tokens a log-prob is the sum of, chosen and rejected, where the loss sums them itself.
+    `alternates`: chosen and rejected rows take turns.
+    """
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = four
     if shape == "ratios":
         return {
@@ -120,6 +164,23 @@ def arrange(shape: str, four: tuple[Any, ...]) -> dict[str, Any]:
             "chosen_ratio": policy_chosen - reference_chosen,
             "rejected_ratio": policy_rejected - reference_rejected,
         }
+    if shape == "margin":
+        return {"margin": policy_chosen - policy_rejected - reference_chosen + reference_rejected}
+    if shape == "pairs":
+        return {
+            "policy_rows": (policy_chosen, policy_rejected),
+            "reference_rows": (reference_chosen, reference_rejected),
+        }
+    if shape == "records":
+        return {
+            "policy_record": Record(policy_chosen, policy_rejected),
+            "reference_record": Record(reference_chosen, reference_rejected),
+        }
+    if shape == "halves":
+        return {
+            "policy_rows": _joined(policy_chosen, policy_rejected, alternates),
+            "reference_rows": _joined(reference_chosen, reference_rejected, alternates),
+        }
     if shape == "rows":
         import torch
 
@@ -130,16 +191,13 @@ def arrange(shape: str, four: tuple[Any, ...]) -> dict[str, Any]:
             "chosen_index": torch.arange(pairs),
             "rejected_index": torch.arange(pairs, 2 * pairs),
         }
-    if shape == "tokens":  # each on the middle one of three tokens, chosen rows first
-        import torch
-
-        pad = torch.nn.functional.pad
-        policy = torch.cat([policy_chosen, policy_rejected])
-        reference = torch.cat([reference_chosen, reference_rejected])
+    if shape in ("tokens", "wide"):
+        counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
+        outside = -1.0 if shape == "tokens" else 0.0  # a mask that is handed over has to be used
         return {
-            "policy_rows": pad(policy[:, None], (1, 1), value=-1.0),
-            "reference_rows": pad(reference[:, None], (1, 1), value=-1.0),
-            "token_mask": pad(torch.ones_like(policy)[:, None], (1, 1)),
+            "policy_rows": _joined(*_all_spread(four[:2], counts, outside), alternates),
+            "reference_rows": _joined(*_all_spread(four[2:], counts, outside), alternates),
+            "token_mask": _joined(*_masks(policy_chosen, counts), alternates),
         }
     return {
         "policy_chosen": policy_chosen,
@@ -147,6 +205,79 @@ def arrange(shape: str, four: tuple[Any, ...]) -> dict[str, Any]:
         "reference_chosen": reference_chosen,
         "reference_rejected": reference_rejected,
     }
+
+
+def _all_spread(sides: tuple[Any, ...], counts: tuple[int, ...], outside: float) -> list[Any]:
+    """(pair, longest + 2) each: a log-prob over its tokens, in halves of halves, so that their sum is it to the bit."""
+    import torch
+
+    found = []
+    for logps, count in zip(sides, counts, strict=True):
+        parts = [logps / 2 ** min(place + 1, count - 1) for place in range(count)]
+        apart = torch.full_like(logps, outside)
+        found.append(torch.stack([apart, *parts, *[apart] * (max(counts) - count + 1)], dim=1))
+    return found
+
+
+def _masks(logps: Any, counts: tuple[int, ...]) -> list[Any]:
+    """(pair, longest + 2) each: 1 at the tokens that `_all_spread` gives a log-prob."""
+    import torch
+
+    places = torch.arange(max(counts) + 2)
+    ones = [((places > 0) & (places <= count)).to(logps.dtype) for count in counts]
+    return [row.repeat(len(logps), 1) for row in ones]
+
+
+def _joined(chosen: Any, rejected: Any, alternates: bool) -> Any:
+    """Chosen rows and then rejected ones, or one after the other in turns."""
+    import torch
+
+    return torch.stack([chosen, rejected], dim=1).flatten(0, 1) if alternates else torch.cat([chosen, rejected])
+
+
+class Record:
+    """What one model said about both completions, by any name: `.chosen_logps`, `["rejected_logps"]`."""
+
+    def __init__(self, chosen: Any, rejected: Any) -> None:
+        self.__dict__["sides"] = {"chosen": chosen, "rejected": rejected}
+
+    def __getattr__(self, name: str) -> Any:
+        said = concept(name)
+        if said.what not in ("logp", "", "side") or said.which not in self.sides:
+            raise AttributeError(f"a record of log-probs has no {name!r}; known are names like chosen_logps")
+        return self.sides[said.which]
+
+    __getitem__ = __getattr__
+
+
+def _wants_tokens(error: Exception) -> bool:
+    return isinstance(error, IndexError) or "dimension" in str(error).lower()
+
+
+def _wants_one(error: Exception) -> bool:
+    """Was one number wanted where several were given?"""
+    return any(text in str(error) for text in ONE_NUMBER)
+
+
+def _numpy_number(value: float) -> Any:
+    import numpy
+
+    return numpy.float64(value)
+
+
+def _column(values: tuple[Any, ...]) -> Any:
+    """One vector of the values of single pairs; None where none of them is a number."""
+    import torch
+
+    if all(value is None for value in values):
+        return None
+    values = tuple(math.nan if value is None else value for value in values)
+    if any(torch.is_tensor(value) and value.requires_grad for value in values):
+        return torch.stack([torch.as_tensor(value, dtype=torch.float64).reshape(()) for value in values])
+    try:
+        return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError):
+        return None
 
 
 def _rows(value: Any, count: int) -> bool:
@@ -161,6 +292,8 @@ def unpack(out: Any) -> LossOut:
         out = out._asdict()
     elif hasattr(out, "__dataclass_fields__"):
         out = {name: getattr(out, name) for name in out.__dataclass_fields__}
+    elif type(out).__module__.split(".")[0] not in LIBRARIES and any(hasattr(out, name) for name in HOLDERS):
+        out = vars(out) | {"loss": next(getattr(out, name) for name in HOLDERS if hasattr(out, name))}
     if hasattr(out, "items"):
         named = {str(name).lower(): value for name, value in out.items()}
         loss = next((named[name] for name in named if name in ("loss", "losses", "dpo_loss")), None)

@@ -41,6 +41,7 @@ def values(objective: Objective) -> dict[str, Any]:
         "accumulation": 1,
         "clip": math.inf,
         "counter": 0,
+        "gradient": True,
         "rank": 0,
         "processes": 1,
         "accelerator": Accelerator(),

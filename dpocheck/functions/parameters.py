@@ -25,7 +25,7 @@ REJECTED = {
 # what a name is about: the first of these that one of its words belongs to
 WHAT = {
     "optimizer": {"optimizer", "optimiser", "optim", "opt"},
-    "ratio": {"ratio", "ratios"},
+    "ratio": {"ratio", "ratios", "delta", "deltas", "diff", "diffs", "difference", "d"},
     "reward": {"reward", "rewards"},
     "logp": {"logp", "lp", "lps", "ll"},
     "length": {"len", "lens", "length", "lengths", "start", "starts"},
@@ -37,6 +37,8 @@ WHAT = {
     "index": {"idx", "idxs", "index", "indices"},
     "ids": {"ids", "id", "tokens", "token", "seq", "seqs", "sequence", "sequences", "input", "inputs"},
 }
+MARGIN = {"margin", "margins", "h", "gap", "logit", "logits"}  # so some call h, the difference of the log-ratios
+PROBS = {"prob", "probs"}  # so some call log-probs, where nothing but the model is said beside it
 PROMPT = {"prompt", "prompts", "query", "question", "context"}
 COMPLETION = {"completion", "response", "resp", "answer", "loss", "selection", "action", "generation", "reply"}
 
@@ -87,12 +89,14 @@ OPTIONS = {
     "device": {"device"},
     "tokenizer": {"tokenizer"},
     "config": {"config", "cfg", "args", "hparams", "conf", "settings", "training_args", "loss_config"},
+    "gradient": {"requires_grad", "with_grad", "enable_grad", "differentiable"},
     "rank": {"rank", "local_rank", "process_index"},
     "processes": {"world_size", "num_processes"},
     "accelerator": {"accelerator", "fabric"},
     "scheduler": {"scheduler", "lr_scheduler", "sched"},
     "scaler": {"scaler", "grad_scaler"},
     "clip": {"max_grad_norm", "max_norm", "clip_norm", "grad_clip", "clip_grad_norm", "gradient_clip", "clip"},
+    "pairs": {"batch_size", "bsz", "num_pairs", "n_pairs", "half"},
     "counter": {"step", "global_step", "epoch", "iteration", "batch_idx", "step_idx"},
     "accumulation": {"grad_accum", "accumulation_steps", "gradient_accumulation_steps", "accum_steps"},
 }  # fmt: skip

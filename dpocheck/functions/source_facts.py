@@ -31,10 +31,22 @@ class Facts:
     unpacks: bool = False  # takes a model's output apart as a tuple
     foreign: frozenset[str] = frozenset()  # read from `self`, and set nowhere in a class that can be built
     nested: bool = False  # batch["chosen"]["input_ids"]
+    alternates: bool = False  # takes every second row
+    paired: bool = False  # takes a parameter apart: `logps[0]`, `logps[1]`, or `a, b = logps`
+    unsqueezed: frozenset[str] = frozenset()  # names that are given a batch axis: `ids.unsqueeze(0)`, `ids[None]`
+    asked_of_models: frozenset[str] = frozenset()  # methods of models that a model of transformers does not have
     known: bool = field(default=True)  # False: there is no source to read
 
 
 NOTHING = Facts(known=False)
+MODEL_METHODS = {
+    "forward", "generate", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
+    "children", "named_children", "train", "eval", "to", "cuda", "cpu", "float", "half", "double", "bfloat16",
+    "zero_grad", "state_dict", "load_state_dict", "requires_grad_", "apply", "get_parameter", "get_submodule",
+    "register_forward_hook", "gradient_checkpointing_enable", "gradient_checkpointing_disable",
+    "enable_input_require_grads", "get_input_embeddings", "get_output_embeddings", "resize_token_embeddings",
+    "save_pretrained", "num_parameters", "compile", "tie_weights", "__call__",
+}  # fmt: skip
 
 
 def parameters(node: Function) -> tuple[Parameter, ...]:
@@ -75,6 +87,19 @@ def _own(node: ast.AST) -> Iterator[ast.AST]:
             yield from _own(child)
 
 
+def reads(node: Function, name: str) -> bool:
+    """Is a name read anywhere in a function?"""
+    return any(_is_name(inner, name) for inner in ast.walk(node))
+
+
+def _always(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes inside that no condition stands before."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.If | ast.IfExp | ast.Try | ast.FunctionDef | ast.Lambda):
+            yield child
+            yield from _always(child)
+
+
 def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -> Facts:
     """The facts of the function `node` of the file `tree`; `owner` is the class it is a method of."""
     reached = _reached(tree, node, owner)
@@ -95,6 +120,10 @@ def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -
         unpacks=any(_unpacks(n) for n in inside),
         foreign=_foreign(inside, owner),
         nested=any(_nests(n) for n in inside),
+        alternates=any(isinstance(n, ast.Slice) and _one(n.step, 2) for n in inside),
+        paired=any(_takes_apart(n, {p.name for p in parameters(node)}) for n in inside),
+        unsqueezed=frozenset(name for n in ast.walk(node) if (name := _unsqueezed(n))),
+        asked_of_models=frozenset(m for f in reached for n in _always(f) if (m := _asked_of_model(n))) - MODEL_METHODS,
     )
 
 
@@ -247,6 +276,34 @@ def _unpacks(node: ast.AST) -> bool:
         return False
     called = _last(node.value.func).lower() if isinstance(node.targets[0], ast.Tuple) else ""
     return called in ("model", "policy", "policy_model", "lm", "net")
+
+
+def _unsqueezed(node: ast.AST) -> str | None:
+    """The name in `name.unsqueeze(0)` or `name[None]`; None for any other node."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "unsqueeze":
+        first = bool(node.args) and _one(node.args[0], 0)
+        return node.func.value.id if first and isinstance(node.func.value, ast.Name) else None
+    if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
+        return None
+    where = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) and node.slice.elts else node.slice
+    return node.value.id if isinstance(where, ast.Constant) and where.value is None else None
+
+
+def _takes_apart(node: ast.AST, names: set[str]) -> bool:
+    """Is a parameter indexed by 1, or assigned to two names?"""
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Name) and node.value.id in names and _one(node.slice, 1)
+    two = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and len(node.targets[0].elts) == 2
+    return two and isinstance(node.value, ast.Name) and node.value.id in names
+
+
+def _asked_of_model(node: ast.AST) -> str | None:
+    """The method in `model.method(...)`, `self.policy_model.method(...)`; None for any other node."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return None
+    holder = node.func.value
+    said = concept(_last(holder)) if isinstance(holder, ast.Name | ast.Attribute) else None
+    return node.func.attr if said and said.what == "model" and not said.which else None
 
 
 def _nests(node: ast.AST) -> bool:

@@ -56,7 +56,7 @@ class Step:
         for labels in [self.labels] if self.labels == "ids" else ["ignored", "ids"]:
             filled = pair_batch(batch, self.target.facts, models["policy"], models["reference"], labels)
             given = models | {"batch": filled, "keys": filled.by_name}
-            given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device}
+            given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device, "pairs": batch.pairs}
             try:
                 out = self.target.call(given, objective, models)
             except (IndexError, RuntimeError) as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from dpocheck.adapter import Objective
 from dpocheck.functions import options, source_facts
-from dpocheck.functions.forms import Match, Refusal, doubt, recognise
+from dpocheck.functions.forms import Match, Refusal, doubt, recognise, uncallable
 from dpocheck.functions.parameters import NotRecognised, Parameter, concept, option
 from dpocheck.functions.source_facts import NOTHING, Facts
 
@@ -44,6 +45,12 @@ class Target:
         if "config" in found:
             found |= {option(name) for name in self.facts.fields | self.facts.strings}
         return {key for key in found if key}
+
+    def overruled(self) -> dict[str, Any]:
+        """Parameters whose default is another than what is passed, where that changes what is computed."""
+        defaults = {p.name: p.default for p in self.parameters}
+        return {name: False for key, name in self.match.options
+                if key == "average" and self.match.form != "loss" and defaults[name] is True}  # fmt: skip
 
     def _globals(self) -> dict[str, Any]:
         """Numbers of its module that it reads, by names of options: `BETA = 0.1`."""
@@ -81,6 +88,8 @@ class Target:
             return options.spelled_kind(known["kind"], parameter.default, self.facts.strings, self.name)
         if key == "average" and parameter.name == "mean" and not isinstance(parameter.default, bool | None):
             return MISSING
+        if key == "average" and self.match.form == "loss" and not parameter.required:
+            return MISSING  # of a loss, `normalize` may be anything
         if key in STANDINS and not parameter.required:
             return MISSING
         return known.get(key, MISSING)
@@ -219,18 +228,30 @@ def target(
     method = owner is not None or holder is not None
     if method and parameters and parameters[0].name in ("self", "cls"):
         parameters = parameters[1:]
+    elif _idle_self(plain, parameters):
+        function, parameters = functools.partial(function, None), parameters[1:]
     cls = owner or (type(holder) if holder is not None else None)
     short, title = getattr(plain, "__name__", name.rsplit(".")[-1]), cls.__name__ if cls else ""
     match = recognise(short, parameters, title)
     if isinstance(match, Refusal):
         raise NotRecognised(f"{name}: {match.reason}")
     facts = read_facts(plain)
+    if reason := uncallable(match, facts):
+        raise NotRecognised(f"{name}: {reason}")
     if not asked and (reason := doubt(match, short, title, facts)):
         raise NotRecognised(f"{name}: {reason}")
     found = Target(function, name, match, parameters, facts, owner, holder)
     if match.form == "loss" and "beta" not in found.settable() and len(found.facts.numbers) == 1:
         found.fixed["beta"] = found.facts.numbers[0]
     return found
+
+
+def _idle_self(function: Callable[..., Any], parameters: tuple[Parameter, ...]) -> bool:
+    """Is it a method that stands outside of its class, and does not use its `self`?"""
+    code = getattr(function, "__code__", None)
+    if code is None or not parameters or parameters[0].name != "self":
+        return False
+    return all(instruction.argval != "self" for instruction in dis.get_instructions(code))
 
 
 def read_facts(function: Callable[..., Any]) -> Facts:

@@ -91,6 +91,25 @@ def test_a_file_that_does_not_parse_is_named_with_its_line(tmp_path):
         recognise(tmp_path / "broken.py")
 
 
+def test_a_step_that_asks_its_model_for_what_none_has_is_refused(tmp_path):
+    body = "    won = policy.score(batch['chosen_input_ids'])\n    lost = policy.score(batch['rejected_input_ids'])\n"
+    (tmp_path / "own.py").write_text(f"def dpo_step(policy, reference, batch, beta):\n{body}    return lost - won\n")
+    with pytest.raises(NotRecognised, match=r"it calls score\(\) of its model, which a causal language model"):
+        recognise(tmp_path / "own.py", "dpo_step")
+
+
+def test_a_method_of_a_model_that_stands_under_a_condition_is_no_reason_to_refuse(tmp_path):
+    body = "    if reference is None:\n        policy.disable_adapters_of_mine()\n    return batch['chosen_ids']\n"
+    (tmp_path / "own.py").write_text(f"def dpo_step(policy, reference, batch, beta):\n{body}")
+    assert recognise(tmp_path / "own.py", "dpo_step")[0].form == "step"
+
+
+def test_a_loss_that_is_passed_over_is_told(tmp_path):
+    (tmp_path / "two.py").write_text("def dpo_loss(logits, chosen, rejected, beta):\n    return logits\n")
+    (told,) = find.passed_over(tmp_path / "two.py")
+    assert told.startswith("dpo_loss(logits, chosen, rejected, beta), line 1: ")
+
+
 @pytest.mark.parametrize("content", [b"\x00\x01", "x = 'é'".encode("latin-1")])
 def test_a_file_that_is_no_text_is_refused(tmp_path, content):
     (tmp_path / "binary.py").write_bytes(content)

@@ -30,8 +30,11 @@ HONEST = [
     "four_names", "indexed_dpo", "british_dpo", "other_order_loss", "short_dpo", "letters_dpo", "unnamed_dpo_loss",
     "ratio_loss", "model_ratio_loss", "typed_dpo", "global_dpo", "configured_dpo", "numpy_dpo", "plain_number_dpo",
     "lambda_dpo", "partial_dpo", "decorated_dpo", "DPOCriterion", "BigTrainer.dpo_loss", "BigTrainer.static_loss",
-    "token_dpo_loss", "named_tuple_dpo", "record_dpo", "DPOCriterion.forward",
+    "token_dpo_loss", "named_tuple_dpo", "record_dpo", "DPOCriterion.forward", "halves_dpo", "counted_halves_dpo",
+    "turns_dpo", "tuples_dpo", "token_halves_dpo", "margin_dpo_loss", "delta_dpo_loss", "gains_preference_loss",
+    "logits_named_dpo", "flagged_dpo", "one_pair_dpo", "numpy_one_pair_dpo", "RecordsDPO", "LocalMathDPO.compute",
 ]  # fmt: skip
+NUMBERS = ("numpy_dpo", "plain_number_dpo", "numpy_one_pair_dpo", "LocalMathDPO.compute")  # they have no slopes
 EACH = [softplus(-0.5 * h) for h in H]  # -log sigma(beta h)
 SLOPE = [0.5 / (1 + math.exp(0.5 * h)) for h in H]  # beta sigma(-beta h)
 
@@ -47,7 +50,7 @@ def test_an_honest_loss_gives_minus_log_sigmoid_of_beta_h(name):
         assert seen["per_pair"] == pytest.approx(EACH, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in HONEST if n not in ("numpy_dpo", "plain_number_dpo")])
+@pytest.mark.parametrize("name", [n for n in HONEST if n not in NUMBERS])
 def test_the_slopes_of_an_honest_loss_are_those_of_the_mean(name):
     seen = ask(f"losses:{name}", experiment())
     assert seen["slopes"][0] == pytest.approx([-s / 2 for s in SLOPE], rel=1e-12)
@@ -83,6 +86,27 @@ def test_simpo_is_given_log_probs_per_token():
     seen = ask("losses:simpo_loss", four)
     margins = [2.0 * (-3.5 / 2 + 6.0 / 3) - 0.5, 2.0 * (-7.25 / 5 + 4.5 / 2) - 0.5]
     assert seen["per_pair"] == pytest.approx([softplus(-m) for m in margins])
+
+
+def test_simpo_that_is_told_the_lengths_is_given_sums():
+    four = LossExperiment(*FOUR, objective=Objective("simpo", beta=2.0, gamma=0.5), lengths=((2, 3), (5, 2)))
+    told, whole = ask("losses:told_simpo_loss", four), ask("losses:simpo_loss", four)
+    assert told["per_pair"] == pytest.approx(whole["per_pair"])
+
+
+def test_a_loss_that_sums_tokens_is_asked_with_lengths_that_differ():
+    """Chosen of 2 tokens, rejected of 4: a mean over tokens is half of one log-prob and a quarter of the other."""
+    asked = fixed.own(experiment(), ask("losses:token_dpo_loss", experiment())["only"])
+    assert asked.lengths == ((2, 4), (2, 4))
+    wrong = ask("losses:wrong_token_mean_dpo_loss", asked)
+    h = [(w - rw) / 2 - (l - rl) / 4 for w, l, rw, rl in zip(*FOUR, strict=True)]
+    assert wrong["reduced"] == pytest.approx(np.mean([softplus(-0.5 * each) for each in h]), rel=1e-12)
+
+
+def test_a_function_for_one_pair_is_called_once_a_pair_and_says_so():
+    seen = ask("losses:one_pair_dpo", experiment())
+    assert seen["forced"]["one_pair_dpo: pairs"] == "one a call"
+    assert seen["slopes"][0] == pytest.approx([-s / 2 for s in SLOPE], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +158,7 @@ WRONG = {
     "wrong_twice_dpo": 0.25 * np.array(H),
     "wrong_swapped_dpo": -0.5 * np.array(H),
     "wrong_no_reference_dpo": 0.5 * (PI_W - PI_L),
+    "wrong_two_dpo_loss": 0.5 * (PI_W - PI_L),
 }
 
 

@@ -29,7 +29,7 @@ HONEST = [
     "get_batch_logps", "logps_and_count", "cross_entropy_logps", "masked_logprobs", "response_logprob",
     "raw_model_logp", "tuple_model_logp", "labelled_logp", "prompt_length_logp", "premoved_logps", "token_logps",
     "sequence_logprob", "caller", "Scorer.batch_log_probs", "Scorer.compute_logprobs",
-    "concatenated_forward", "iterating_forward",
+    "concatenated_forward", "iterating_forward", "batch_logprob", "flat_logprob", "gradless_logps",
 ]  # fmt: skip
 
 
@@ -47,6 +47,25 @@ def test_a_function_of_one_sequence_is_called_row_by_row(tmp_path):
     seen = ask("logps:prefix_logp", LogpExperiment(LOGPS.table, rows), tmp_path)
     expected = [sequence_logp(LOGPS.table, row.ids, row.completion) for row in rows]
     assert seen["logps"] == pytest.approx(expected, abs=FLOAT32)
+
+
+def test_a_function_of_numpy_gives_values_and_no_gradient(tmp_path):
+    seen = ask("logps:numpy_logps", LOGPS, tmp_path)
+    assert seen["logps"] == pytest.approx(EXPECTED, abs=FLOAT32)
+    assert "gradient" not in seen
+
+
+def test_a_method_outside_of_its_class_that_uses_nothing_of_it_is_called(tmp_path):
+    assert ask("logps:idle_logps", LOGPS, tmp_path)["logps"] == pytest.approx(EXPECTED, abs=FLOAT32)
+
+
+def test_a_default_that_is_overruled_is_said(tmp_path):
+    assert ask("logps:batch_logprob", LOGPS, tmp_path)["forced"]["batch_logprob: length_normalize"] == "False"
+
+
+def test_a_function_that_knows_the_ignored_label_is_not_asked_with_plain_ids_when_it_fails_on_it(tmp_path):
+    with pytest.raises(RuntimeError, match="-100"):
+        ask("logps:wrong_hundred_logps", LOGPS, tmp_path)
 
 
 def test_what_was_assumed_about_labels_is_said(tmp_path):

@@ -1,5 +1,6 @@
 """Sums of log-probs as people write them; honest unless the name says otherwise."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -127,7 +128,50 @@ class Scorer:
         return response_logprob(model, input_ids, attention_mask, response_mask)
 
 
+def batch_logprob(model, batch, *, length_normalize=True):
+    """Takes one batch of rows, not of pairs; by default it divides by the length."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    mask = batch["response_mask"][:, 1:]
+    total = (each * mask).sum(-1)
+    return total / mask.sum(-1) if length_normalize else total
+
+
+def flat_logprob(model, full_ids, prompt_len):
+    """One sequence, without a batch axis and without padding."""
+    ids = full_ids.unsqueeze(0)
+    each = model(ids)["logits"][0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return each[prompt_len - 1 :].sum()
+
+
+def gradless_logps(model, input_ids, attention_mask, labels, requires_grad=False):
+    """Has to be told to keep its graph."""
+    with torch.set_grad_enabled(requires_grad):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return get_batch_logps(logits, labels)
+
+
+def idle_logps(self, logits, labels, prompt_len, pad_token_id):
+    """A method that was cut out of its class, and uses nothing of it."""
+    labels, logits = labels[:, prompt_len:], logits[:, prompt_len - 1 : -1]
+    each = logits.log_softmax(-1).gather(2, labels.unsqueeze(2)).squeeze(2)
+    return (each * (labels != pad_token_id)).sum(-1)
+
+
+def numpy_logps(logits, targets, mask):
+    """Takes logits and targets that are moved already, in numpy."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    each = np.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0] - np.log(np.exp(shifted).sum(axis=-1))
+    return (each * mask).sum(axis=-1)
+
+
 # ------------------------------------------------------------------------------------------------------------- wrong
+
+
+def wrong_hundred_logps(logits, labels):
+    """Knows the label -100, and takes it for an index."""
+    mask = labels[:, 1:] != -100
+    return (logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None]).squeeze(2) * mask).sum(1)
 
 
 def wrong_unmoved_logps(logits, labels):

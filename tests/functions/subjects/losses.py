@@ -191,7 +191,122 @@ def record_dpo(pi_w, pi_l, ref_w, ref_l, beta):
     return Record(F.softplus(-beta * h).mean(), h)
 
 
+def halves_dpo(policy_logps, ref_logps, beta):
+    """All rows in one vector, chosen first."""
+    half = len(policy_logps) // 2
+    gain = policy_logps - ref_logps
+    return F.softplus(beta * (gain[half:] - gain[:half]))
+
+
+def counted_halves_dpo(policy_logps, reference_logps, batch_size, beta):
+    gain = policy_logps - reference_logps
+    return F.softplus(beta * (gain[batch_size:] - gain[:batch_size])), gain.detach()
+
+
+def turns_dpo(policy_logps, ref_logps, beta):
+    """Chosen and rejected rows take turns."""
+    gain = policy_logps - ref_logps
+    return F.softplus(beta * (gain[1::2] - gain[::2]))
+
+
+def tuples_dpo(policy_logps, ref_logps, beta):
+    won, lost = policy_logps
+    return F.softplus(beta * (lost - ref_logps[1] - won + ref_logps[0]))
+
+
+def token_halves_dpo(ref_probs, probs, beta):
+    """Log-probs token by token, zeros elsewhere, called probs."""
+    gain = probs.sum(dim=1) - ref_probs.sum(dim=1)
+    won, lost = gain.chunk(2)
+    return F.softplus(beta * (lost - won)).mean()
+
+
+def margin_dpo_loss(margin, beta):
+    return F.softplus(-beta * margin)
+
+
+def delta_dpo_loss(delta_logp, delta_logp_ref, beta=0.1):
+    return F.softplus(beta * (delta_logp_ref - delta_logp))
+
+
+def gains_preference_loss(d_w, d_l, beta, variant):
+    if variant == "dpo":
+        return F.softplus(beta * (d_l - d_w))
+    raise ValueError(variant)
+
+
+def logits_named_dpo(model_chosen_logits, model_rejected_logits, ref_chosen_logits, ref_rejected_logits, beta):
+    """Calls log-probs logits."""
+    h = (model_chosen_logits - ref_chosen_logits) - (model_rejected_logits - ref_rejected_logits)
+    return F.softplus(-beta * h)
+
+
+def flagged_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, normalize=True):
+    """`normalize` has nothing to do with lengths."""
+    h = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+    return F.softplus(-beta * h) if normalize else -beta * h
+
+
+def one_pair_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    """Written for one pair, in torch."""
+    h = pi_w - pi_l - ref_w + ref_l
+    if h > 0:
+        return torch.log1p(torch.exp(-beta * h))
+    return -beta * h + torch.log1p(torch.exp(beta * h))
+
+
+def numpy_one_pair_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    h = pi_w - pi_l - ref_w + ref_l
+    return np.log1p(np.exp(-beta * h)), {"margin": float(h)}
+
+
+class RecordsDPO:
+    """Takes what each model said as one record."""
+
+    def __init__(self, beta=0.1):
+        self.beta = beta
+
+    def __call__(self, policy_outputs, reference_outputs):
+        won = policy_outputs.chosen_logps - reference_outputs.chosen_logps
+        lost = policy_outputs.rejected_logps - reference_outputs.rejected_logps
+        return F.softplus(self.beta * (lost - won)), self.beta * won.detach(), self.beta * lost.detach()
+
+
+class ResultOf:
+    def __init__(self, value):
+        self.value = value
+
+
+class LocalMathDPO:
+    """Plain numbers, its module imported inside, a result object; the class says what `compute` computes."""
+
+    def __init__(self, beta=0.1):
+        self.beta = beta
+
+    def compute(self, pi_chosen: float, pi_rejected: float, ref_chosen: float, ref_rejected: float):
+        import math
+
+        return ResultOf(math.log1p(math.exp(-self.beta * (pi_chosen - pi_rejected - ref_chosen + ref_rejected))))
+
+
+def told_simpo_loss(pi_chosen, pi_rejected, len_chosen, len_rejected, beta, gamma):
+    """Divides by the lengths itself."""
+    return F.softplus(gamma - beta * (pi_chosen / len_chosen - pi_rejected / len_rejected))
+
+
 # ------------------------------------------------------------------------------------------------------------- wrong
+
+
+def wrong_token_mean_dpo_loss(ref_log_probs, policy_log_probs, mask, beta):
+    """Divides by the number of tokens."""
+    gain = ((policy_log_probs - ref_log_probs) * mask).sum(dim=1) / mask.sum(dim=1)
+    half = gain.shape[0] // 2
+    return F.softplus(beta * (gain[half:] - gain[:half])).mean()
+
+
+def wrong_two_dpo_loss(chosen_logps, rejected_logps, beta=0.1):
+    """There is no reference."""
+    return F.softplus(beta * (rejected_logps - chosen_logps))
 
 
 def wrong_sign_dpo(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):

@@ -16,6 +16,7 @@ from dpocheck.adapter import CAPABILITIES, Says
 from dpocheck.evidence import route
 from dpocheck.experiment import Objective
 from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.order import ordered
 from dpocheck.result import Result
 from dpocheck.session import Session
 
@@ -85,7 +86,7 @@ class Answer:
 def first_failure(subject: Any) -> tuple[Session, Result | None]:
     """The checks in their order, until a must check fails."""
     run = Session(subject, runner.cached_predict, runner.cached_bound)
-    for check in selftest.catalogue():
+    for check in ordered(selftest.catalogue(), subject.capabilities):
         if check.id not in LEFT_OUT and check.level == "must":
             result = run.result(check)
             if result.verdict == "fail":

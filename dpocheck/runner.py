@@ -22,6 +22,7 @@ from dpocheck.observation import Seen
 from dpocheck.open import UsageError, open_subject
 from dpocheck.oracle import predict
 from dpocheck.oracle.theory import Theory
+from dpocheck.order import ordered
 from dpocheck.result import Header, Report, Result
 from dpocheck.session import Session
 from dpocheck.subject import Subject
@@ -115,10 +116,11 @@ def _audit(
         if options.tier == "full" or scene.tier == "quick"
         for experiment in scene.experiments
     )
-    for number, check in enumerate(selected):
+    judged = {}
+    for number, check in enumerate(ordered(selected, subject.capabilities)):
         tell(Progress(number, len(selected), check.id))
-        results.append(session.result(check))
-    results = diagnosed(results, session)
+        judged[check.id] = session.result(check)
+    results = diagnosed(results + [judged[check.id] for check in selected], session)
     if on_tokenizer:
         tell(Progress(len(selected), len(selected) + len(on_tokenizer), "rows on the tokenizer given"))
         results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "", blocking=not options.only)

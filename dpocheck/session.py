@@ -9,8 +9,8 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpocheck import fixed
-from dpocheck.check import STAGES, Case, Check, Comparison, Scene
+from dpocheck import fixed, order
+from dpocheck.check import Case, Check, Comparison, Scene
 from dpocheck.draw import draw, joined
 from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
 from dpocheck.observation import Seen
@@ -44,7 +44,7 @@ class Session:
     """The checks of one audit, one after the other, and what blocks what.
 
     The first `must` check that fails blocks those that come after it in the same scene family, so that one bug gives
-    one failure.  What fails in the plain family up to the gradient blocks every family: all scenes are made of it.
+    one failure; `order` says what else it blocks.
     `blocking=False` for single checks and for the kill matrix.
     """
 
@@ -81,7 +81,7 @@ class Session:
             told = replace(told, comparison=replace(told.comparison, reason=joined(told.comparison.reason, words)))
         if told.comparison.verdict == "fail" and check.level == "must" and check.id not in self.known:
             self.failed.setdefault(told.scene.family, check.id)
-            if told.scene.family == "plain" and STAGES.index(check.stage) <= STAGES.index("gradient"):
+            if order.blocks_all(check, told.scene.family):
                 self.failed.setdefault(EVERY, check.id)
         self.seen[check.id] = [
             pair for each in outcomes for pair in zip(each.scene.experiments, each.observed, strict=False)
@@ -116,7 +116,8 @@ class Session:
         for experiment in scene.experiments:
             if reason := self.subject.cannot(experiment):
                 return Outcome(Comparison("not-applicable", reason=reason), scene)
-        blocker = self.failed.get(EVERY) or self.failed.get(scene.family)
+        made_of = (EVERY, *order.families(scene.family))
+        blocker = next((self.failed[family] for family in made_of if family in self.failed), None)
         if self.blocking and blocker:
             return Outcome(Comparison("blocked", reason=f"{blocker} failed before"), scene, blocked_by=blocker)
         observed = []

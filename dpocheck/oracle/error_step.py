@@ -23,12 +23,13 @@ def token_error(logits: np.ndarray, logarithms: np.ndarray, u: float) -> np.ndar
     """(state, target): of the log-softmax of exact logits z, with V targets.
 
     z - max rounds at u |z - max|; the sum of exponentials then has a relative error of u E_p[max - z] <= u log V,
-    of the exponentials' own rounding, and of the sum's, which tensor libraries do as a tree of depth log2 V; the
-    logarithm and the last difference round once more.  Forms like z - logsumexp(z) round at the size of the logits.
-    Together u (max|z| + 2 |lp| + 2 log V + 8 + ceil(log2 V) + 1).
+    of the exponentials' own rounding, and of the sum's, V - 1 roundings: as a tree it takes log2 V of them, but a
+    softmax over a dimension that is not the last, as in a cross-entropy of (row, V, token) logits, adds one term after
+    the other.  The logarithm and the last difference round once more.  Forms like z - logsumexp(z) round at the size of
+    the logits.  Together u (max|z| + 2 |lp| + 2 log V + 8 + V - 1).
     """
     size = logits.shape[-1]
-    constant = 2.0 * np.log(size) + 8.0 + np.ceil(np.log2(size)) + 1.0
+    constant = 2.0 * np.log(size) + 8.0 + size - 1.0
     return u * (np.abs(logits).max(axis=-1, keepdims=True) + 2.0 * np.abs(logarithms) + constant)
 
 

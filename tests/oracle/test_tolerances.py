@@ -17,6 +17,7 @@ from oracle_scenes import HELD_OUT, LOSS, PAIRS, step, train
 
 from dpocheck.experiment import LogpExperiment, LossExperiment, Objective, Recipe, Sequence, TokenRow
 from dpocheck.oracle import PAPER, predict, tokenise
+from dpocheck.oracle.error_step import token_error
 from dpocheck.tolerances import ROUNDOFF, bound
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -260,3 +261,17 @@ def test_names_of_metrics_histories_and_sequences():
     second = bound(pair, "runs.1.logits", halves, u)
     assert np.array_equal(second, bound(run, "logits", whole, u))
     assert bound(pair, "runs.1.history.train.loss", halves, u).shape == (2,)
+
+
+def test_exponentials_that_are_added_one_after_the_other_are_allowed_their_roundings():
+    """A softmax over a dimension that is not the last is such a sum.  After 1 each of 1023 terms of 0.6 ulp rounds up
+    to 1 ulp = 2^-23: the sum is off by 1023 * 0.4 ulp = 4.9e-5.  A tree's bound, u (max|z| + 2 |lp| + 2 log V + 8 +
+    log2 V + 1), is 2.9e-6; that of V - 1 roundings 6.3e-5."""
+    logits = np.full((1, 1024), np.log(0.6 * 2.0**-23))
+    logits[0, 0] = 0.0
+    total = np.add.accumulate(np.exp(logits[0]).astype(np.float32), dtype=np.float32)[-1]
+    exact = np.log(np.exp(logits[0]).sum())
+    error, u = abs(float(np.log(np.float64(total))) - exact), ROUNDOFF["float32"]
+    assert error == pytest.approx(1023 * 0.4 * 2.0**-23, rel=1e-3)
+    tree = u * (np.abs(logits).max() + 2 * exact + 2 * np.log(1024) + 8 + 10 + 1)
+    assert tree < error < token_error(logits, logits - exact, u)[0, 0]

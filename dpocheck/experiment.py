@@ -264,10 +264,8 @@ class Recipe:
     """How to train.  In an experiment `learning_rate` is in logits (a step moves a logit by rate * gradient);
     the recipe that a trainer is handed is the translated one (`probes.tables.translate`).
 
-    `world_size` processes run together, started as torchrun starts them.  `batch` and `eval_batch` are of one process,
-    as trainers count them: a step sees batch * accumulation * world_size pairs.  Whatever is promised of a step is
-    promised of that global batch, so a run on N processes equals one process with N times the batch.
-    """
+    `world_size` processes run together, as torchrun starts them.  `batch` and `eval_batch` are of one process: a step
+    sees batch * accumulation * world_size pairs, and N processes equal one with N times the batch."""
 
     objective: Objective = Objective()
     optimizer: str = "sgd"

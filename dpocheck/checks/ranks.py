@@ -207,7 +207,7 @@ def metrics(case: Case) -> Comparison:
 @check(
     "RANKS-EVALUATION", chapter="ranks", stage="metrics", level="must", needs={"train.history.loss"}, scenes=_uneven,
     claim="Metrics of a held-out set are means over its pairs, each counted once, though the processes have unequal "
-    "numbers of them.", source="the mean of a set is over its members", covers=("MET-AGG", "MET-EVAL"),
+    "numbers of them.", source="the mean of a set is over its members", covers=("MET-AGG",),
     why="Rows that only fill the last batch change the number by which models are chosen.",
     bug="TRL 0.29 to 1.16 gathers with `gather`, not `gather_for_metrics`: the fillers of the last batch count.",
     fix="Leave the fillers out before averaging, or weight each batch by its own pairs.",

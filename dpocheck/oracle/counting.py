@@ -94,6 +94,10 @@ def _shifted(row: TokenRow, rule: str, paper: Scored, marked: list[int]) -> Scor
     width = len(row.ids)
     if rule == "unshifted":
         return [(t, t, 1) for t in marked]
+    if rule == "unshifted-padding":
+        return [(t, t, 1) for t in range(marked[0], width)]
+    if rule == "unshifted-all":
+        return [(t, t, 1) for t in range(width)]
     if rule == "mask-unshifted":
         return [(s, s + 1, 1) for s in marked if s + 1 < width]
     if rule == "double-shift":

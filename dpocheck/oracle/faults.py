@@ -35,6 +35,8 @@ def _positions() -> None:
         "no-pad-id": "does not count tokens that have the pad's id",
         "no-zero-id": "does not count token id 0",
         "unshifted": "labels not shifted",
+        "unshifted-padding": "labels not shifted, and everything after the prompt counted",
+        "unshifted-all": "labels not shifted, and the whole row counted",
         "shifted-back": "labels shifted the wrong way",
         "double-shift": "labels shifted twice",
         "mask-unshifted": "labels shifted, mask not",
@@ -137,10 +139,14 @@ def _curve() -> None:
         "sigmoid": "1 - sigmoid, no logarithm", "minus-sigmoid": "-sigmoid, no logarithm",
         "logsigmoid-positive": "sign of the loss flipped", "exp": "exponential loss", "linear": "linear loss",
         "focal": "further factor sigmoid(-m)", "tanh": "logit squashed by tanh", "abs": "absolute value of the margin",
-        "naive": "log of sigmoid, underflows", "epsilon": "1e-8 added inside the logarithm",
+        "naive": "log of sigmoid, underflows",
         "log2": "logarithm to base 2",
     }.items():  # fmt: skip
         fault(name, link=link)
+    for added in ("1e-8", "1e-5", "1e-6", "1e-7", "1e-9", "1e-10", "1e-12"):
+        fault(f"{added} added inside the logarithm", epsilon=float(added))
+    fault("IPO of beta times the log-ratios", ipo="beta-inside")
+    fault("IPO times beta squared", ipo="beta-squared")
     fault("loss halved", scale=0.5)
     fault("loss doubled", scale=2.0)
     fault("SFT term ignored", sft="ignored")

@@ -124,12 +124,13 @@ def curve_of(objective: Objective, theory: Theory, dtype: str) -> Callable[[np.n
     if kind == "hinge":
         return losses.hinge
     if kind == "ipo":
-        return lambda h: losses.ipo(h, beta_of(objective, theory))
+        tau = beta_of(objective, theory)
+        return lambda h: losses.ipo(h, tau) if theory.ipo == "paper" else wrong.ipo_with_beta(h, tau, theory.ipo)
     smoothing = objective.label_smoothing or theory.smoothing_default
     robust = kind == "robust"
-    if theory.link == "logsigmoid" and theory.smoothing == "asked":
+    if theory.link == "logsigmoid" and theory.smoothing == "asked" and not theory.epsilon:
         return lambda m: losses.rdpo(m, smoothing) if robust else losses.cdpo(m, smoothing)
-    base = wrong.link(theory.link, dtype)
+    base = wrong.link(theory.link, dtype, theory.epsilon)
     forward, backward = wrong.mixture(theory.smoothing, smoothing, robust)
 
     def mixed(m: np.ndarray) -> losses.Curve:

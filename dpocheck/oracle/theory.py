@@ -25,6 +25,8 @@ Counted = Literal[
     "no-pad-id",  # not tokens that have the pad's id
     "no-zero-id",  # not token id 0
     "unshifted",  # logit t scored on token t
+    "unshifted-padding",  # and from the completion's first token to the end of the row
+    "unshifted-all",  # and on the whole row
     "shifted-back",  # logit t + 1 scored on token t
     "double-shift",  # logit t - 2 scored on token t
     "mask-unshifted",  # labels shifted, mask not
@@ -93,11 +95,14 @@ class Theory:
     smoothing_default: float = 0.0  # used where none was asked for
     link: Literal[
         "logsigmoid", "sigmoid", "minus-sigmoid", "logsigmoid-positive", "exp", "linear", "focal", "tanh", "abs",
-        "naive", "epsilon", "log2",
-    ] = "logsigmoid"  # "naive": log of sigmoid; "epsilon": log(sigmoid + 1e-8)  # fmt: skip
+        "naive", "log2",
+    ] = "logsigmoid"  # "naive": log of sigmoid  # fmt: skip
+    epsilon: float = 0.0  # log(sigmoid + epsilon)
     clamp: float | None = None  # |beta h| is clamped to it
     normalised: Literal["asked", "ignored", "always"] = "asked"  # log-probs per token, in SimPO and where asked
     ipo_length: Literal["sum", "mean"] = "sum"  # IPO on summed log-probs, or per token
+    # "beta-inside": beta h in the place of h; "beta-squared": the whole times beta squared
+    ipo: Literal["paper", "beta-inside", "beta-squared"] = "paper"
     gamma: Literal["gamma", "gamma-beta", "ignored"] = "gamma"  # SimPO: subtracted from the logit; first times beta
     margins: Literal["own", "centred", "standardised", "broadcast"] = "own"  # over the batch; B x B
     scale: float = 1.0  # of the loss and the gradient

@@ -11,10 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import expit
 
-from dpocheck.oracle.losses import Curve, dpo, softplus
+from dpocheck.oracle.losses import Curve, dpo, ipo, softplus
 from dpocheck.oracle.numbers import rounded
-
-EPSILON = 1e-8  # what people add inside a logarithm
 
 
 def sigmoid(m: np.ndarray) -> Curve:
@@ -58,8 +56,8 @@ def log2(m: np.ndarray) -> Curve:
     return value / np.log(2.0), slope / np.log(2.0)
 
 
-def epsilon(m: np.ndarray) -> Curve:
-    inside = expit(m) + EPSILON
+def epsilon(m: np.ndarray, added: float) -> Curve:
+    inside = expit(m) + added
     return -np.log(inside), -expit(m) * expit(-m) / inside
 
 
@@ -73,12 +71,23 @@ def naive(m: np.ndarray, dtype: str) -> Curve:
 LINKS: dict[str, Callable[[np.ndarray], Curve]] = {
     "logsigmoid": dpo, "sigmoid": sigmoid, "minus-sigmoid": minus_sigmoid, "logsigmoid-positive": logsigmoid_positive,
     "exp": exponential, "linear": linear, "focal": focal, "tanh": tanh, "abs": absolute, "log2": log2,
-    "epsilon": epsilon,
 }  # fmt: skip
 
 
-def link(name: str, dtype: str) -> Callable[[np.ndarray], Curve]:
+def link(name: str, dtype: str, added: float = 0.0) -> Callable[[np.ndarray], Curve]:
+    """The curve of that name, or that of the sigmoid with something added inside the logarithm."""
+    if added:
+        return lambda m: epsilon(m, added)
     return (lambda m: naive(m, dtype)) if name == "naive" else LINKS[name]
+
+
+def ipo_with_beta(h: np.ndarray, tau: float, how: str) -> Curve:
+    """IPO's square with beta where the paper has none.  The slope is with respect to h."""
+    if how == "beta-inside":
+        value, slope = ipo(tau * h, tau)
+        return value, tau * slope
+    value, slope = ipo(h, tau)
+    return tau**2 * value, tau**2 * slope
 
 
 def mixture(smoothing: str, e: float, robust: bool) -> tuple[float, float]:

@@ -162,6 +162,19 @@ def unshifted(logits, batch):
 
 
 @specimen(
+    "unshifted-and-padding",
+    part="logps",
+    caught_by="LOGP-VALUE",
+    theory=PAPER.but(counted="unshifted-padding"),
+    at=SCORES,
+)
+def unshifted_and_padding(logits, batch):
+    """Logits score the token at their own position, from the end of the prompt to the end of the row."""
+    after = batch.completion_mask.cumsum(1) > 0
+    return mini.logps(torch.cat([logits[:, 1:], logits[:, -1:]], dim=1), _counted(batch, after))
+
+
+@specimen(
     "shifted-twice",
     part="logps",
     caught_by="LOGP-VALUE",

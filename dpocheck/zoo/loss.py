@@ -262,7 +262,7 @@ _links(
     lambda z: -(z.sigmoid() + 1e-8).log(),
     "-log(sigmoid(m) + 1e-8): hard pairs stop counting.",
     "LOSS-EXTREME",
-    PAPER.but(link="epsilon"),
+    PAPER.but(epsilon=1e-8),
 )
 _links(
     "loss-clipped",

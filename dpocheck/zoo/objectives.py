@@ -178,8 +178,16 @@ _objective(
     lambda four, o, n: (o.beta * _h(four) - 0.5) ** 2 + _sft(four, o, n),
     "Beta is multiplied into IPO's log-ratio while its target is one half: the loss is beta squared times IPO's.",
     "LOSS-IPO",
-    None,
+    PAPER.but(ipo="beta-squared"),
     "huggingface/trl#1615",
+)
+_objective(
+    "ipo-of-scaled-ratios",
+    "ipo",
+    lambda four, o, n: (o.beta * _h(four) - 1 / (2 * o.beta)) ** 2 + _sft(four, o, n),
+    "The logit of DPO, beta included, is handed to IPO's square, whose target is 1/(2 beta) as in the paper.",
+    "LOSS-IPO",
+    PAPER.but(ipo="beta-inside"),
 )
 _objective(
     "hinge-without-beta",

@@ -182,6 +182,15 @@ def test_simpo_by_hand():
     assert predict(simpo, PAPER.but(gamma="gamma-beta")).reduced == pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-15)
 
 
+def test_ipo_with_beta_in_it_by_hand():
+    # h = (0.5) - (-1.0) = 1.5, beta 0.5: (0.5 * 1.5 - 1)^2 = 1/16, slope 2 * 0.5 * -0.25; 0.25 * (1.5 - 1)^2 = 1/16
+    four = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("ipo", 0.5))
+    inside, squared = (predict(four, PAPER.but(ipo=how)) for how in ("beta-inside", "beta-squared"))
+    assert inside.reduced == squared.reduced == 0.0625
+    assert inside.slopes[:, 0].tolist() == [-0.25, 0.25, 0.25, -0.25]
+    assert squared.slopes[:, 0].tolist() == [0.25, -0.25, -0.25, 0.25]
+
+
 def test_ipo_by_hand():
     # h = 1.5, 1/(2 * 0.5) = 1: 0.25; per token: 0.5/1 + 1/2 = 1.0: 0
     ipo = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("ipo", 0.5), ((1, 2),))

@@ -159,6 +159,8 @@ def joined(config: TrainConfig) -> Iterator[Processes]:
                 f"{world} processes were started (WORLD_SIZE={world}), but cannot find each other "
                 f"({_first_line(error)}): start them with torchrun"
             ) from error
+    elif "gloo" not in str(dist.get_backend_config()):
+        raise ConfigError("the process group that was there has no gloo: init_process_group('cpu:gloo,cuda:nccl')")
     crew = Processes(dist.get_rank(), dist.get_world_size(), device)
     try:
         _same_settings(config, crew)

@@ -23,6 +23,7 @@ from reference_impl.config import ConfigError
 from reference_impl.data import DataError
 from reference_impl.models import ModelError
 
+CPU = TrainConfig(device="cpu")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forks")
 
 
@@ -83,8 +84,10 @@ def refusals(tmp_path: Path, action: Any, kind: type[Exception]) -> list[str]:
 
 
 def test_settings_that_differ_between_processes(tmp_path: Path) -> None:
-    errors = refusals(tmp_path, lambda rank: train(TrainConfig(beta=0.1 + rank), model=llama(), train_rows=pairs(4)),
-                      ConfigError)  # fmt: skip
+    def action(rank: int) -> None:
+        train(TrainConfig(beta=0.1 + rank, device="cpu"), model=llama(), train_rows=pairs(4))
+
+    errors = refusals(tmp_path, action, ConfigError)
     assert errors[0] == errors[1] == (
         "the processes have different settings: beta is 0.1 in process 0 and 1.1 in process 1: "
         "start all with one command"
@@ -92,12 +95,12 @@ def test_settings_that_differ_between_processes(tmp_path: Path) -> None:
 
 
 def test_rows_that_differ_between_processes(tmp_path: Path) -> None:
-    errors = refusals(tmp_path, lambda rank: train(TrainConfig(), model=llama(), train_rows=pairs(4, rank)), DataError)
+    errors = refusals(tmp_path, lambda rank: train(CPU, model=llama(), train_rows=pairs(4, rank)), DataError)
     assert errors[0] == errors[1] == "train of process 1 is not that of process 0: give all processes the same"
 
 
 def test_models_that_differ_between_processes(tmp_path: Path) -> None:
-    config = TrainConfig(output_dir=str(tmp_path / "out"))
+    config = TrainConfig(output_dir=str(tmp_path / "out"), device="cpu")
     errors = refusals(tmp_path, lambda rank: train(config, model=llama(rank), train_rows=pairs(4)), ModelError)
     assert errors[0] == errors[1] == "policy of process 1 is not that of process 0: give all processes the same"
 
@@ -113,7 +116,7 @@ def test_error_of_one_process_is_every_process_s_error(tmp_path: Path) -> None:
             os.symlink("train-0.jsonl", "train.jsonl")
         else:
             os.chdir("/")
-        train(TrainConfig(model=str(tmp_path / "m"), train="train.jsonl"))
+        train(TrainConfig(model=str(tmp_path / "m"), train="train.jsonl", device="cpu"))
 
     errors = refusals(tmp_path, action, DataError)
     assert errors[0] == errors[1]
@@ -129,7 +132,7 @@ def test_loss_that_is_not_finite_stops_all_with_one_message(tmp_path: Path) -> N
         model.transformer.wte.weight.data[31] = 3e38
         wild = [p for p in pairs(40) if 31 in p.prompt + p.chosen + p.rejected][:1]
         tame = [p for p in pairs(40) if 31 not in p.prompt + p.chosen + p.rejected][:3]
-        train(TrainConfig(shuffle=False), model=model, train_rows=wild + tame)
+        train(TrainConfig(shuffle=False, device="cpu"), model=model, train_rows=wild + tame)
 
     errors = refusals(tmp_path, action, TrainingError)
     assert errors[0] == errors[1]
@@ -142,7 +145,8 @@ def test_torchrun_says_one_line_and_one_process_speaks(tmp_path: Path) -> None:
     base = save(tmp_path / "m")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "reference_impl",
-               f"model={base}", f"train={tmp_path / 'train.jsonl'}", f"output_dir={tmp_path / 'o'}"]  # fmt: skip
+               f"model={base}", f"train={tmp_path / 'train.jsonl'}", f"output_dir={tmp_path / 'o'}",
+               "device=cpu"]  # fmt: skip
 
     def ask(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *more], capture_output=True, text=True, timeout=500)

@@ -87,7 +87,7 @@ def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
             code = end_of(children, victim)
             ends[code] += 1
             # 0: it had nothing more to do with the other; −15: torchrun's SIGTERM, before they had met.
-            assert code in (LOST, 0, -signal.SIGTERM), (code, (tmp_path / "said" / f"said-{1 - victim}.txt").read_text())
+            assert code in (LOST, 0, -signal.SIGTERM), (tmp_path / "said" / f"said-{1 - victim}.txt").read_text()
             steps = [check_folder(path)["step"] for path in checkpoints(run).values()] if run.exists() else []
             assert max(steps, default=0) >= newest
             newest = max(steps, default=0)

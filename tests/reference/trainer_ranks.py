@@ -108,9 +108,8 @@ def run(world: int, folder: Path, model: Callable[[], Any], config: dict[str, An
     make_reference, seconds = given.pop("reference", None), given.pop("seconds", 240)
 
     def action(rank: int) -> None:
-        result = train(
-            TrainConfig(**config), model=model(), reference=make_reference and make_reference(), **given
-        )
+        settings = TrainConfig(**{"device": "cpu", **config})
+        result = train(settings, model=model(), reference=make_reference and make_reference(), **given)
         weights = {name: tensor.detach().clone() for name, tensor in result.model.state_dict().items()}
         save_file(weights, folder / f"weights-{rank}.safetensors")
         (folder / f"history-{rank}.json").write_text(json.dumps(numbers(result.history)))

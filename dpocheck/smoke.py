@@ -81,7 +81,8 @@ def _precision(experiment: object, seen: Seen) -> float | None:
     """The unit roundoff of the subject's arithmetic, read from what no fault of DPO can spoil.
 
     Losses and log-probs: the coarsest dtype that holds every number that came back.  Gradients: every row of a
-    gradient of log-softmaxes sums to zero; what is left of it, against its size, is rounding.
+    gradient of log-softmaxes sums to zero; what is left of it, against its size, is rounding.  A wrong softmax leaves
+    something too: it is taken for a coarse dtype only where the numbers have as few digits as one holds.
     """
     if isinstance(seen, LossSeen | LogpSeen):
         values = np.atleast_1d(seen.per_pair if isinstance(seen, LossSeen) and seen.per_pair is not None else (
@@ -93,4 +94,23 @@ def _precision(experiment: object, seen: Seen) -> float | None:
     size = np.abs(gradient).sum(axis=1)
     told = size > 1e-3 * size.max()  # a gradient that is read through an adapter leaves noise in rows that have none
     rest = float(np.max(np.abs(gradient.sum(axis=1))[told] / size[told]))
-    return UNIT["float64"] if rest < 1e-12 else UNIT["float32"] if rest < 1e-4 else UNIT["bfloat16"]
+    if rest < 1e-12:
+        return UNIT["float64"]
+    return UNIT["bfloat16"] if rest >= 1e-4 and few_digits(gradient) else UNIT["float32"]
+
+
+def few_digits(values: np.ndarray) -> bool:
+    """Whether most numbers are, up to a common factor, numbers of bfloat16 (8 digits of a binary mantissa) or float16
+    (11): the factor takes the greatest of them to one of the mantissas that there are.
+
+    Of other numbers one in fifty is that near to one of float16 by chance.
+    """
+    sizes = np.abs(values[np.abs(values) > 1e-3 * np.abs(values).max()])
+    mantissas, _ = np.frexp(sizes / sizes.max())
+    for digits in (8, 11):
+        for top in range(2 ** (digits - 1), 2**digits):
+            scaled, _ = np.frexp(mantissas * (top / 2**digits))
+            off = np.abs(scaled * 2.0**digits - np.round(scaled * 2.0**digits))
+            if np.mean(off < 5e-3) > 0.5:
+                return True
+    return False

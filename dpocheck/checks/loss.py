@@ -168,7 +168,12 @@ def dtypes(case: Case) -> Comparison:
     "LOSS-PARTIALS", chapter="loss", stage="gradient", level="must", needs={"loss.slopes"},
     source=EQ7 + ", differentiated",
     draw=draws.losses,
-    scenes=[scene("five pairs", ORDINARY), scene("margins up to +-88", at((-88.0, -20.5, -3.0, 0.5, 3.0, 20.5, 60.0)))],
+    scenes=[
+        scene("five pairs", ORDINARY),
+        scene("margins up to +-88", at((-88.0, -20.5, -3.0, 0.5, 3.0, 20.5, 60.0))),
+        scene("policy equal to the reference", LossExperiment(
+            (-3.5, -6.25), (-6.0, -4.75), (-3.5, -6.25), (-6.0, -4.75), HALF)),
+    ],
     claim="The slope in log pi(y_w) is -beta * sigma(-m), in log pi(y_l) it is +beta * sigma(-m), over the number of "
     "pairs.",
     covers=("LOSS-GRAD", "LOSS-GRAD-STRUCT"), why="A right value with a wrong slope trains wrongly and logs well.",

@@ -7,7 +7,7 @@ import copy
 import weakref
 from dataclasses import replace
 
-from dpocheck.zoo.registry import mini, specimen, torch
+from dpocheck.zoo.registry import LOSSES, mini, specimen, torch
 
 
 @specimen("collapses-white-space", part="render", caught_by="ROWS-ROUND-TRIP")
@@ -70,3 +70,13 @@ def weights_grow(optimizer, recipe, clock, total):
     for group in optimizer.param_groups:
         _set(group, weight_decay=-recipe.weight_decay)
     return mini.update(optimizer, recipe, clock, total)
+
+
+@specimen("slope-lost-at-zero", part="loss", caught_by="LOSS-PARTIALS", at=LOSSES)
+def slope_lost_at_zero(a, b, c, d, *, objective, lengths=None):
+    """log(1 + exp(-|m|)) + max(0, -m): right everywhere, but automatic differentiation gives slope 0 at margin 0."""
+    honest = mini.loss(a, b, c, d, objective=objective, lengths=lengths)
+    if objective.kind != "sigmoid" or objective.label_smoothing or objective.sft_weight or objective.length_normalised:
+        return honest
+    m = objective.beta * ((a - c) - (b - d))
+    return replace(honest, loss=torch.log1p(torch.exp(-m.abs())) + torch.relu(-m))

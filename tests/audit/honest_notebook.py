@@ -21,8 +21,7 @@ def train_step(batch, model, ref_model, optimizer, beta=BETA):
         with torch.inference_mode():
             ref[side] = get_logps(ref_model, *inputs)
     margin = beta * ((pi["chosen"] - ref["chosen"].clone()) - (pi["rejected"] - ref["rejected"].clone()))
-    loss = torch.log1p(torch.exp(-margin.abs())) + torch.relu(-margin)
-    loss = loss.mean()
+    loss = torch.logaddexp(torch.zeros_like(margin), -margin).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -106,10 +106,17 @@ def subclass() -> type:
             self.told = before
             return metrics
 
+        def means(self):
+            """Over pairs in an evaluation; over micro-batches in training, as the loss that `Trainer` logs."""
+            told = self.told
+            if self.model.training:
+                told = [{name: value.mean().view(1) for name, value in one.items()} for one in told]
+            return Own.mean(told)
+
         def log(self, logs, *rest):
             if any(key.endswith("loss") for key in logs) and self.told and "train_runtime" not in logs:
                 prefix = "" if "loss" in logs else f"{self.prefix}_"
-                logs |= {f"{prefix}{name}": value for name, value in Own.mean(self.told).items() if name != "loss"}
+                logs |= {f"{prefix}{name}": value for name, value in self.means().items() if name != "loss"}
                 self.told = []
             super().log(logs, *rest)
 

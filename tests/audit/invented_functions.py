@@ -25,6 +25,14 @@ def floor_under_long_completions(policy_chosen_logps, policy_rejected_logps, ref
     return -F.logsigmoid(_margin(*(x.clamp(min=-100.0) for x in four), beta))
 
 
+def slope_lost_at_zero(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                       beta):  # fmt: skip
+    """The stable form of softplus out of |m| and relu, whose slopes at zero are both zero: the first step is lost."""
+    four = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    m = _margin(*four, beta)
+    return torch.log1p(torch.exp(-m.abs())) + torch.relu(-m)
+
+
 _calls = 0
 
 

@@ -145,30 +145,72 @@ def _logps(weigh):
     return replace(MINIATURE, logps=logps)
 
 
+def _weight(weight):
+    """The miniature's loss with the gradient of each pair multiplied; the value stays."""
+
+    def loss(a, b, c, d, *, objective, lengths=None):
+        out = MINIATURE.loss(a, b, c, d, objective=objective, lengths=lengths)
+        return replace(out, loss=weight * out.loss + (1 - weight) * out.loss.detach())
+
+    return replace(MINIATURE, loss=loss)
+
+
+# fault -> (the finer capability, the check that fails on both routes, the trainer, the theory that both name, if any)
 TWICE = {
-    "the reference counts half": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, c / 2, d / 2))),
+    "the reference counts half": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, c / 2, d / 2)), None),
     "the chosen ratio counts one and a half": (
-        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (1.5 * a, b, 1.5 * c, d))),
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (1.5 * a, b, 1.5 * c, d)), None),
     "the greater log-prob is the chosen one": (
-        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a.maximum(b), a.minimum(b), c, d))),
-    "the rejected reference for both": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, d, d))),
-    "a bonus for every pair": ("loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a + 2, b, c, d))),
-    "later tokens count less": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 0.5**place.clamp(min=0))),
-    "the first token counts twice": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 + (place == 0))),
-    "the second token is lost": ("sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 * (place != 1))),
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a.maximum(b), a.minimum(b), c, d)), None),
+    "the rejected reference for both": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, d, d)), "reference's log-ratio left out of the loss"),
+    "the chosen reference for both": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, c, c)), "reference's log-ratio left out of the loss"),
+    "the reference's signs": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, b, c, -d)),
+        "reference's rejected log-prob is added where it should be subtracted"),
+    "the rejected completion is forgotten": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a, 0 * b, c, 0 * d)), "rejected completion left out"),
+    "a bonus for every pair": (
+        "loss", "LOSS-VALUE", _loss(lambda a, b, c, d: (a + 2, b, c, d)), "1 added to the logit"),
+    "a third of the gradient": (
+        "loss", "LOSS-PARTIALS", _weight(1 / 3), "gradient times 0.3333, loss right"),
+    "later tokens count less": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 0.5**place.clamp(min=0)), None),
+    "the first token counts twice": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 + (place == 0)), None),
+    "the second token is lost": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 * (place != 1)), None),
+    "the first token is lost": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 * (place != 0)),
+        "does not count the completion's first token"),
+    "the last token counts twice": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 + (place == length - 1)), "counts EOS twice"),
+    "the length divides": (
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-1.0), "mean over tokens instead of sum"),
     "the square root of the length divides": (
-        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-0.5)),
+        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-0.5), None),
 }  # fmt: skip
+
+
+def failed(fault: str, capability: str) -> Result:
+    _, check, trainer, _ = TWICE[fault]
+    result = next(r for r in audited(Only(trainer, capability), check).results if r.id == check)
+    assert result.verdict == "fail", (capability, result.verdict, result.reason)
+    return result
 
 
 @pytest.mark.parametrize("fault", TWICE)
 def test_a_fault_is_found_through_the_finer_capability(fault):
-    capability, check, trainer = TWICE[fault]
-    found(Only(trainer, capability), check, "")
+    failed(fault, TWICE[fault][0])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", TWICE)
-def test_the_same_fault_is_found_through_train_alone(fault):
-    _, check, trainer = TWICE[fault]
-    found(Only(trainer, "train"), check, "")
+def test_the_finer_capability_and_train_alone_fail_the_same_check_and_name_the_same_fault(fault):
+    capability, check, _, theory = TWICE[fault]
+    finer, whole = failed(fault, capability), failed(fault, "train")
+    assert finer.id == whole.id == check
+    if theory:
+        assert theory in [one.name for one in finer.diagnosis]
+        assert theory in [one.name for one in whole.diagnosis]

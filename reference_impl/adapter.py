@@ -99,6 +99,7 @@ def config(recipe: Recipe, folder: Path) -> TrainConfig:
             "truncation": recipe.truncation,
         }  # fmt: skip
     base = settings(recipe.objective)
+    # A recipe's accumulation is one process's; this trainer's is the forward passes of all of them.
     # The audit puts hooks on the whole model and on its decoder.  A hook on the whole model sends the trainer to its
     # full path, but what people run on a Llama is the chunked one.
     return TrainConfig(
@@ -106,7 +107,7 @@ def config(recipe: Recipe, folder: Path) -> TrainConfig:
         output_dir=str(folder), optimizer=recipe.optimizer, learning_rate=recipe.learning_rate,
         momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
         warmup_steps=recipe.warmup_steps, steps=recipe.steps, epochs=recipe.epochs, batch=recipe.batch,
-        accumulation=recipe.accumulation, last_step="drop" if recipe.drop_last else "keep", shuffle=recipe.shuffle,
+        accumulation=recipe.accumulation * recipe.world_size, last_step="drop" if recipe.drop_last else "keep", shuffle=recipe.shuffle,
         seed=recipe.seed, lora=lora, reference_logps="precomputed" if recipe.precompute_reference else "online",
         eval_batch=recipe.eval_batch, eval_every=recipe.eval_every, save_every=recipe.save_every,
         resume="auto" if recipe.resume_from is None else str(folder / f"checkpoint-{recipe.resume_from:08d}"),

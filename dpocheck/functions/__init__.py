@@ -51,7 +51,7 @@ class FunctionAdapter:
         for one in self.targets.values():
             found |= one.fixed
             kind = own_kind(one.name)
-            if one.match.form == "loss" and kind and not one.settable() & {"kind", "ipo"}:
+            if one.match.form == "loss" and kind and (kind == "simpo" or not one.settable() & {"kind", "ipo"}):
                 found["kind"] = kind
             if one.match.shape == "tokens":  # it sums log-probs itself; their number has to be known
                 found["lengths"] = TOKENS

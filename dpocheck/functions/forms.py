@@ -42,6 +42,7 @@ OTHER_WORK = {
     "from", "setup", "data",
 }  # fmt: skip
 NAMELESS = {"compute", "calculate", "calc", "call", "get", "apply", "run", "value"}  # its class says what is computed
+PARTS = {"margin", "margins", "logit", "logits", "gradient", "grad", "weight", "weights"}
 SUMS = {"sum", "mean", "cross_entropy", "CrossEntropyLoss", "nansum", "einsum", "loss_fct", "loss_fn", "nll_loss"}
 CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
 
@@ -84,8 +85,11 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
     if other:
         return Refusal(f"{other[0]} is not a loss of pairs that is audited here")
     usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
-    options = tuple((option(p.name), p.name) for p in usable if option(p.name))
-    rest = tuple(p for p in usable if not option(p.name))
+    keys = {p.name: option(p.name) for p in usable}
+    if "ipo" in words(name) and "beta" not in keys.values():
+        keys |= {n: "beta" for n in keys if n == "eta"}
+    options = tuple((key, n) for n, key in keys.items() if key)
+    rest = tuple(p for p in usable if not keys[p.name])
     told = {p.name: concept(p.name) for p in rest}
     for attempt in (_four, _paper, _halves, _ratios, _margin, _two, _records, _logps, _step, _by_position):
         match = attempt(name, rest, told, options, owner)
@@ -109,6 +113,8 @@ def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
         return f"looks like {match.form}, but its name says otherwise"
     if facts.foreign:
         return f"it reads {', '.join(f'self.{one}' for one in sorted(facts.foreign)[:3])}, which is not known"
+    if match.form == "loss" and own & PARTS and not own & {"loss", "losses", "criterion", "objective"}:
+        return "looks like a loss, but its name says that it is a part of one"
     if match.form == "loss" and not own & (PAIR_WORDS if match.by == "position" else LOSS_WORDS):
         return "looks like a loss, but its name does not say so"
     said = [concept(text) for text in facts.strings | facts.fields | facts.attributes | set(dict(match.roles))]
@@ -150,7 +156,9 @@ def rank(match: Match, name: str) -> int:
     """Among several of one form in a file, which comes first: the plain one before its variants."""
     said = set(words(name))
     if match.form == "loss":
-        return 0 if "dpo" in said else 2 if said & (PAIR_WORDS | {"hinge"}) else 1
+        if "dpo" in said:
+            return 0 if said & {"loss", "losses"} else 1
+        return 3 if said & (PAIR_WORDS | {"hinge"}) else 2
     if match.form == "sequence_logps":
         return 1 if match.shape == "pairs" else 0
     return 0 if match.role("optimizer") else 1

@@ -67,17 +67,24 @@ class Loss:
             shape = "pairs"
         given = arrange(shape, four, lengths, alternates=self.target.facts.alternates)
         given["settings"] = {"pairs": len(four[0])}
-        if lengths is not None:
-            given |= {"chosen_length": lengths[0], "rejected_length": lengths[1]}
-            told = self.target.match.role("chosen_length") is not None
-            if shape == "two" and not told:  # SimPO is given log-probs per token
-                given["policy_chosen"] = given["policy_chosen"] / lengths[0]
-                given["policy_rejected"] = given["policy_rejected"] / lengths[1]
+        given |= self._lengths(four, lengths)
+        if shape == "two" and lengths is not None and self.target.match.role("chosen_length") is None:
+            for side in ("chosen", "rejected"):  # SimPO is given log-probs per token
+                given[f"policy_{side}"] = given[f"policy_{side}"] / given[f"{side}_length"]
         out = self.target.call(given, objective)
         pairs = len(four[0])
         if self.target.match.shape == "rows" and isinstance(out, tuple) and _rows(out[-1], 2 * pairs):
             return LossOut(_tensor(out[0]), out[-1][:pairs], out[-1][pairs:])
         return unpack(out)
+
+    def _lengths(self, four: tuple[Any, ...], lengths: Any) -> dict[str, Any]:
+        """Completion tokens of chosen and of rejected; one each where the experiment says nothing of lengths."""
+        import torch
+
+        chosen, rejected = lengths if lengths is not None else (torch.ones(len(four[0]), dtype=torch.long),) * 2
+        if self.library == "numpy":
+            chosen, rejected = chosen.numpy(), rejected.numpy()
+        return {"chosen_length": chosen, "rejected_length": rejected}
 
     def _pair_by_pair(self, four: tuple[Any, ...], objective: Objective) -> LossOut:
         """The losses of single pairs; those of a function of plain numbers have no slopes."""
@@ -316,11 +323,11 @@ def _reward(named: dict[str, Any], side: str) -> Any:
 
 
 def _tensor(value: Any) -> Any:
-    """numpy's arrays as tensors; everything else as it is."""
-    if type(value).__module__ == "numpy":
+    """numpy's arrays and plain numbers as tensors; everything else as it is."""
+    if type(value).__module__ == "numpy" or type(value) is float:
         import torch
 
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, dtype=torch.float64 if type(value) is float else None)
     return value
 
 

@@ -125,6 +125,8 @@ def spelled_kind(kind: str, default: Any, strings: frozenset[str], name: str) ->
     """What a function's `loss_type` calls a kind.  Raises Unsupported where its source knows no such word."""
     if isinstance(default, str) and default.lower() in KINDS[kind]:
         return default
+    if kind == "simpo" and own_kind(name) == "simpo":
+        kind = "sigmoid"  # its loss types are curves of the same margin
     lower = {text.lower(): text for text in strings}
     found = next((lower[word] for word in KINDS[kind] if word in lower), None)
     if found is not None:
@@ -138,6 +140,7 @@ def refuse_fixed(objective: Objective, settable: set[str], name: str, fixed: dic
     """Raise Unsupported where the objective asks for what the function has no way to be told."""
     native = own_kind(name) or "sigmoid"
     chooses = "kind" in settable or ("ipo" in settable and objective.kind in ("ipo", "sigmoid"))
+    chooses = chooses and native != "simpo"
     if objective.kind != native and not chooses:
         raise Unsupported(f"{objective.kind}: {name} is {native} and has no parameter to choose")
     if objective.label_smoothing and "label_smoothing" not in settable:

@@ -104,6 +104,10 @@ def test_a_method_of_a_model_that_stands_under_a_condition_is_no_reason_to_refus
     assert recognise(tmp_path / "own.py", "dpo_step")[0].form == "step"
 
 
+def test_a_margin_is_not_taken_for_a_loss():
+    assert "dpo_pair_margin" not in [one.name for one in candidates(SUBJECTS / "losses.py")]
+
+
 def test_a_loss_that_is_passed_over_is_told(tmp_path):
     (tmp_path / "two.py").write_text("def dpo_loss(logits, chosen, rejected, beta):\n    return logits\n")
     (told,) = find.passed_over(tmp_path / "two.py")

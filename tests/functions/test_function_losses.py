@@ -71,7 +71,7 @@ def test_smoothing_is_passed_on(name):
     assert seen["per_pair"] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["four_names", "typed_dpo", "only_ipo_loss"])
+@pytest.mark.parametrize("name", ["four_names", "typed_dpo", "only_ipo_loss", "told_ipo_loss"])
 def test_ipo_is_asked_for_by_flag_by_type_or_by_name(name):
     seen = ask(f"losses:{name}", experiment(kind="ipo"))
     assert seen["per_pair"] == pytest.approx([(1.5 - 1.0) ** 2, (-2.0 - 1.0) ** 2])
@@ -90,8 +90,21 @@ def test_simpo_is_given_log_probs_per_token():
 
 def test_simpo_that_is_told_the_lengths_is_given_sums():
     four = LossExperiment(*FOUR, objective=Objective("simpo", beta=2.0, gamma=0.5), lengths=((2, 3), (5, 2)))
-    told, whole = ask("losses:told_simpo_loss", four), ask("losses:simpo_loss", four)
-    assert told["per_pair"] == pytest.approx(whole["per_pair"])
+    whole = ask("losses:simpo_loss", four)["per_pair"]
+    assert ask("losses:told_simpo_loss", four)["per_pair"] == pytest.approx(whole)
+    assert ask("losses:SimpleSimPO.simpo_loss", four)["per_pair"] == pytest.approx(whole)
+
+
+def test_simpo_with_loss_types_is_asked_for_simpo_alone():
+    assert ask("losses:SimpleSimPO.simpo_loss", experiment(kind="simpo"))["only"] == {"kind": "simpo"}
+    with pytest.raises(Unsupported, match="is simpo and has no parameter to choose"):
+        ask("losses:SimpleSimPO.simpo_loss", experiment())
+
+
+def test_a_plain_number_is_a_value_without_slopes():
+    seen = ask("losses:float_dpo", experiment())
+    assert seen["reduced"] == pytest.approx(np.mean(EACH), rel=1e-12)
+    assert "slopes" not in seen
 
 
 def test_a_loss_that_sums_tokens_is_asked_with_lengths_that_differ():

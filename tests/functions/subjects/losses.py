@@ -294,6 +294,31 @@ def told_simpo_loss(pi_chosen, pi_rejected, len_chosen, len_rejected, beta, gamm
     return F.softplus(gamma - beta * (pi_chosen / len_chosen - pi_rejected / len_rejected))
 
 
+def told_ipo_loss(pi_w, pi_l, ref_w, ref_l, eta):
+    return (pi_w - pi_l - ref_w + ref_l - 0.5 / eta) ** 2
+
+
+def float_dpo(pi_w, pi_l, ref_w, ref_l, beta):
+    """A plain number comes back."""
+    return F.softplus(-beta * (pi_w - pi_l - ref_w + ref_l)).mean().item()
+
+
+class SimpleSimPO:
+    """Its loss types are curves of one margin, not objectives."""
+
+    def __init__(self, beta=2.0, gamma_beta_ratio=0.25, loss_type="sigmoid"):
+        self.beta, self.gamma_beta_ratio, self.loss_type = beta, gamma_beta_ratio, loss_type
+
+    def simpo_loss(self, policy_chosen_logps, policy_rejected_logps):
+        m = self.beta * (policy_chosen_logps - policy_rejected_logps - self.gamma_beta_ratio)
+        return F.softplus(-m) if self.loss_type == "sigmoid" else torch.relu(1 - m)
+
+
+def dpo_pair_margin(pi_w, pi_l, ref_w, ref_l, beta):
+    """Not a loss."""
+    return beta * (pi_w - pi_l - ref_w + ref_l)
+
+
 # ------------------------------------------------------------------------------------------------------------- wrong
 
 

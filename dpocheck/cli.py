@@ -52,6 +52,7 @@ def cli() -> None:
               help="GB the subject may use.")  # fmt: skip
 @click.option("--python", metavar="PATH", help="The interpreter that has the trainer; default: this one.")
 @click.option("--shrink", type=click.IntRange(min=0), default=0, metavar="N", help="Runs to spend on smaller failures.")
+@click.option("--unblocked", is_flag=True, help="Run what a failed check would block, too.")
 @click.option("--list", "only_list", is_flag=True, help="Say what would run, and run nothing.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Replaced whole; default out/NAME-VERSION.")
 def audit(subject: str, known: Path | None, fail_on: str, only_list: bool, out: Path | None, **chosen: Any) -> None:

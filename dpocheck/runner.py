@@ -48,6 +48,7 @@ class Options:
     shrink: int = 0
     out: Path | None = None
     known: tuple[str, ...] = ()  # checks whose failure is expected: they block nothing
+    unblocked: bool = False  # a failed check blocks no other
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def _audit(
     tell(Progress(0, len(selected), "conventions"))
     asked = conventions.resolve(subject, cached_predict, remembered=sparing)
     results: list[Result] = [] if options.only else asked
+    blocking = not (options.only or options.unblocked)
     session = Session(
-        subject, cached_predict, cached_bound, tier=options.tier, blocking=not options.only, seed=options.seed,
+        subject, cached_predict, cached_bound, tier=options.tier, blocking=blocking, seed=options.seed,
         shrink=options.shrink, known=options.known,
     )  # fmt: skip
     on_tokenizer = [check for check in selected if check.chapter == vocabulary.CHAPTER]
@@ -123,7 +125,7 @@ def _audit(
     results = diagnosed(results + [judged[check.id] for check in selected], session)
     if on_tokenizer:
         tell(Progress(len(selected), len(selected) + len(on_tokenizer), "rows on the tokenizer given"))
-        results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "", blocking=not options.only)
+        results += vocabulary.results(subject, on_tokenizer, options.tokenizer or "", blocking=blocking)
     equation = identify.equation(subject)
     return Report(
         header=header(subject, options), results=tuple(results), equation=equation.text, asked=equation.asked,

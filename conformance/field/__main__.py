@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from conformance.field import audits, environments, history, page
+from conformance.field.expected import judged
 from conformance.field.subjects import FieldError, Trainer, chosen, load
 
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tier", choices=["quick", "full"], default="quick")
     parser.add_argument("--only", action="append", default=[], metavar="ID", help="this check alone; nothing is kept")
     parser.add_argument("--again", action="store_true", help="also what is up to date")
+    parser.add_argument("--objective", default="", help="as of `dpocheck audit`; nothing is kept")
     parser.add_argument("--list", action="store_true", help="the subjects, and the disk that each takes")
     parser.add_argument("--history", action="store_true", help="the pairs of releases (NAME: pairs); none: all")
     parser.add_argument("--page", action="store_true", help="write the page; audit nothing")
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = load()
         pairs = history.load(known)
         if options.history:
-            return travelled(pairs, options.names, known)
+            return travelled(pairs, options.names, known, options.again)
         picked = chosen(options.names, known)
     except FieldError as error:
         print(f"ci/field: {error}", file=sys.stderr)
@@ -52,31 +54,35 @@ def main(arguments: list[str] | None = None) -> int:
 def run(picked: list[Trainer], options: argparse.Namespace) -> int:
     """Audit, each result kept as soon as it is there.  Exit code 1: a finding that is not expected; 3: no result."""
     worst = 0
-    more = ["--tier", options.tier, "--jobs", "1"]
+    more = ["--tier", options.tier, "--jobs", "1", *(("--objective", options.objective) if options.objective else ())]
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        waiting = {pool.submit(audits.audit, t, more + expected(t), options.only): t for t in picked}
+        waiting = {pool.submit(audits.audit, t, more, options.only): t for t in picked}
         for future in as_completed(waiting):
             trainer, result = waiting[future], future.result()
-            print(line(trainer, result), flush=True)
-            if not options.only:
+            if not (options.only or options.objective):
                 audits.keep(trainer, result)
-            worst = max(worst, 3 if "broken" in result else result["exit"])
+            told = judged(trainer, result)
+            print(line(trainer, told), flush=True)
+            worst = max(worst, exit_code(told))
     return worst
 
 
-def travelled(pairs: list[history.Pair], names: list[str], trainers: dict[str, Trainer]) -> int:
+def travelled(pairs: list[history.Pair], names: list[str], trainers: dict[str, Trainer], again: bool) -> int:
     """Run the pairs and keep what they showed.  Exit code 1: a pair that the check does not tell apart."""
     if unknown := [name for name in names if name not in {pair.name for pair in pairs}]:
         raise FieldError(f"no pair is called {unknown[0]!r}; there are: {', '.join(pair.name for pair in pairs)}")
     asked = [pair for pair in pairs if not names or pair.name in names]
-    found = history.run(asked, trainers)
+    found = history.run(asked, trainers, again=again)
     history.keep(found)
     print(history.table(asked, found))
     return 0 if all(history.holds(found[pair.name]) for pair in asked) else 1
 
 
-def expected(trainer: Trainer) -> list[str]:
-    return ["--known", str(trainer.expected)] if trainer.expected.is_file() else []
+def exit_code(result: dict[str, Any]) -> int:
+    """0: as expected; 1: a finding that is not, or an expected one that is not there; 3: nothing can be said."""
+    if "broken" in result or result["smoke"]:
+        return 3
+    return 1 if audits.found(result, "fail", "error", "unexpected-pass", "stale") else 0
 
 
 def line(trainer: Trainer, result: dict[str, Any]) -> str:
@@ -88,7 +94,7 @@ def line(trainer: Trainer, result: dict[str, Any]) -> str:
         counts[check["verdict"]] = counts.get(check["verdict"], 0) + 1
     text = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items())) or result["smoke"]
     said = [f"{trainer.name} ({result['seconds']:.0f} s): {text}"]
-    for check in audits.found(result, "fail", "error", "unknown", "unexpected-pass"):
+    for check in audits.found(result, "fail", "error", "unknown", "unexpected-pass", "stale"):
         named = [d["name"] for d in check.get("diagnosis", [])][:1]
         where = check.get("reason") or check.get("where") or ""
         said.append(f"    {check['verdict']} {check['id']} [{check['level']}] {str(where)[:100]} {' '.join(named)}")

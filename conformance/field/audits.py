@@ -23,6 +23,7 @@ RESULTS = ROOT / "conformance" / "results"
 KEPT = ("id", "version", "level", "chapter", "stage", "params", "verdict", "reason", "observed", "expected", "where",
         "error", "bound", "blocked_by", "convention", "diagnosis")  # fmt: skip
 LONG = 300  # characters of a text that is kept
+SECONDS = "600"  # for one answer: several audits may share a machine
 
 
 def path_of(trainer: Trainer) -> Path:
@@ -40,9 +41,8 @@ def stored(trainer: Trainer) -> dict[str, Any] | None:
 def print_of(trainer: Trainer) -> str:
     """Of all that a result depends on: the toolkit, how the trainer is driven, and what is installed."""
     total = hashlib.sha256()
-    driven = Path(trainer.subject.partition(".py:")[0] + ".py") if trainer.adapter else Path(trainer.subject)
-    for path in [*sorted((ROOT / "dpocheck").rglob("*.py")), driven]:
-        total.update(path.read_bytes())
+    for path in [*sorted((ROOT / "dpocheck").rglob("*.py")), trainer.driver]:
+        total.update(path.read_bytes() if path.is_file() else b"")
     told = [trainer.requirements, trainer.bare, trainer.torch, trainer.options, dict(trainer.environment)]
     total.update(json.dumps(told).encode())
     return total.hexdigest()[:16]
@@ -64,7 +64,8 @@ def audit(trainer: Trainer, more: Sequence[str] = (), only: Sequence[str] = ()) 
     out = environments.cache() / "out" / trainer.name
     command = [
         sys.executable, "-m", "dpocheck.cli", "audit", trainer.subject, "--python", str(environment.python),
-        "--out", str(out), *trainer.options, *more, *(part for id in only for part in ("--only", id)),
+        "--out", str(out), "--timeout", SECONDS, "--unblocked", *trainer.options, *more,
+        *(part for id in only for part in ("--only", id)),
     ]  # fmt: skip
     told = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"} | dict(trainer.environment)
     done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True)

@@ -62,14 +62,20 @@ def load(known: Mapping[str, Trainer], folder: Path = FOLDER) -> list[Pair]:
     return found
 
 
-def run(pairs: list[Pair], known: Mapping[str, Trainer]) -> dict[str, Any]:
-    """Ask each subject once for all that the pairs want of it; what was found by pair, with the date."""
+def run(pairs: list[Pair], known: Mapping[str, Trainer], *, again: bool = False) -> dict[str, Any]:
+    """Ask each subject once for all that the pairs want of it; what was found by pair, with the date.
+
+    A stored audit that asked the same is taken instead, unless `again`: `ci/field` renews it.
+    """
     wanted: dict[tuple[str, str], set[str]] = {}
     for pair in pairs:
         for side in (pair.broken, pair.right):
             wanted.setdefault((side, pair.objective), set()).add(pair.check)
     seen: dict[tuple[str, str, str], dict[str, Any]] = {}
     for (side, objective), checks in wanted.items():
+        if not again and not objective and (known_checks := _of_a_whole_audit(known[side], checks)):
+            seen |= {(side, "", check): told for check, told in known_checks.items()}
+            continue
         more = ["--jobs", "1", *(("--objective", objective) if objective else ())]
         result = audits.audit(known[side], more, sorted(checks))
         for check in checks:
@@ -85,6 +91,13 @@ def run(pairs: list[Pair], known: Mapping[str, Trainer]) -> dict[str, Any]:
         }
         for pair in pairs
     }  # fmt: skip
+
+
+def _of_a_whole_audit(trainer: Trainer, checks: set[str]) -> dict[str, dict[str, Any]]:
+    """The checks of the stored audit of a subject; none where it lacks one."""
+    result = audits.stored(trainer) or {}
+    found = {each["id"]: each for each in result.get("results", []) if each["id"] in checks}
+    return found if set(found) == checks else {}
 
 
 def _told(check: dict[str, Any]) -> dict[str, Any]:

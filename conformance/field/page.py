@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.field import audits, history
+from conformance.field.expected import judged
 from conformance.field.subjects import ROOT, Trainer
 
 PAGE = ROOT / "conformance" / "RESULTS.md"
@@ -18,7 +19,8 @@ LEGEND = "✔ passed · ✘ failed · – not applicable · blank: not asked · 
 
 
 def page(known: Mapping[str, Trainer], pairs: list[history.Pair]) -> str:
-    results = {name: found for name, trainer in known.items() if (found := audits.stored(trainer))}
+    stored = {trainer: audits.stored(trainer) for trainer in known.values()}
+    results = {trainer.name: judged(trainer, found) for trainer, found in stored.items() if found}
     told = {name: result for name, result in results.items() if result.get("results")}
     lines = [
         "# The field: trainers that others wrote", "",

@@ -18,7 +18,7 @@ class FieldError(Exception):
     """What was asked of the field cannot be done; the message says what was given and what is allowed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trainer:
     """One release of one trainer, by one route."""
 
@@ -44,7 +44,13 @@ class Trainer:
     @property
     def subject(self) -> str:
         """What `dpocheck audit` is given."""
-        return str(ROOT / (self.adapter or self.command))
+        given = self.adapter or self.command
+        return given if given.startswith("zoo:") else str(ROOT / given)
+
+    @property
+    def driver(self) -> Path:
+        """The file that says how it is driven."""
+        return Path(self.subject.partition(".py:")[0] + (".py" if ".py:" in self.subject else ""))
 
     @property
     def expected(self) -> Path:

@@ -93,7 +93,7 @@ _metric(
 def _short(theory: Theory) -> list:
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=2, accumulation=3)
     return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe),
-        family="metrics")]
+        family="short micro-batch")]
 
 
 @check(

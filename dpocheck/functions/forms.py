@@ -326,6 +326,8 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
         given.add(spare)
     tokens = given & {"labels", "ids"} or given >= {"prompt_ids", "completion_ids"}
     which = given & {"labels", "completion", "prompt_length", "completion_ids"}
+    if "attention" in given and "logp" in words(name):
+        which.add("attention")  # nothing tells it where the completion begins: it counts the prompt, and is told so
     return Match("sequence_logps", tuple(roles.items()), options) if tokens and which else None
 
 

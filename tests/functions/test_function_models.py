@@ -92,7 +92,7 @@ def test_a_late_mask_shows_as_the_first_token_lost_and_a_pad_gained(tmp_path):
     assert seen["logps"] == pytest.approx(wrong, abs=FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["wrong_all_logp", "wrong_labels_logp"])
+@pytest.mark.parametrize("name", ["wrong_all_logp", "wrong_labels_logp", "wrong_attention_logps"])
 def test_a_counted_prompt_shows(name, tmp_path):
     seen = ask(f"logps:{name}", LOGPS, tmp_path)
     wrong = [sequence_logp(LOGPS.table, row.ids, row.attention) for row in ROWS]

@@ -168,6 +168,12 @@ def numpy_logps(logits, targets, mask):
 # ------------------------------------------------------------------------------------------------------------- wrong
 
 
+def wrong_attention_logps(logits, input_ids, attention_mask):
+    """Counts all that is attended to."""
+    each = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return (each * attention_mask[:, 1:]).sum(1)
+
+
 def wrong_hundred_logps(logits, labels):
     """Knows the label -100, and takes it for an index."""
     mask = labels[:, 1:] != -100

@@ -66,6 +66,9 @@ def reasons(file: CommandFile, experiment: TrainExperiment) -> Iterator[str]:
     if recipe.seed and "seed" not in file.options and "{seed}" not in written:
         yield f"the command line offers no option for {OPTIONS['seed']}"
     window = recipe.batch * recipe.accumulation * recipe.world_size
+    counted = written + " ".join(option.on for option in file.options.values())
+    if "{passes}" in counted and recipe.steps and recipe.steps * window % len(experiment.rows):
+        yield "the trainer counts epochs, and that number of steps is no whole number of them"
     if not recipe.shuffle and len(experiment.rows) != window and _order(file) == "shuffled":
         yield "the trainer shuffles the rows and offers no option against it"
     if not recipe.shuffle and len(experiment.rows) != recipe.batch and _order(file) == "drawn":
@@ -87,10 +90,6 @@ def _offered(file: CommandFile, name: str, written: str) -> bool:
     if name == "save_every" and file.weights.step is not None:
         return True
     return name in file.options or f"{{{name}}}" in written
-
-
-def _text(file: CommandFile, name: str) -> str:
-    return file.options[name].on if name in file.options else ""
 
 
 def _order(file: CommandFile) -> str:

@@ -140,6 +140,14 @@ _logs(
     PAPER.but(accuracy="positive"),
 )
 _logs(
+    "accuracy-of-the-mean-rewards",
+    lambda p: {"rewards/accuracies": (p.rewards_chosen.mean() > p.rewards_rejected.mean()).reshape(1)},
+    "The accuracy compares the batch's mean rewards, so that it is 0 or 1.",
+    "METRIC-ACCURACY",
+    None,
+    "mlx-lm-lora 5.10.2",
+)
+_logs(
     "log-probs-swapped",
     lambda p: {"logps/chosen": p.policy_rejected, "logps/rejected": p.policy_chosen},
     "The logged log-probs of chosen and rejected are exchanged.",

@@ -103,7 +103,8 @@ def test_the_shortest_description_is_enough(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted((Path(conformance.__file__).parent / "commands").glob("*.toml")), ids=lambda path: path.stem
 )
-def test_the_descriptions_that_are_shipped_are_right(path):
+def test_the_descriptions_that_are_shipped_are_right(path, monkeypatch):
+    monkeypatch.setenv("DPO_CHECKOUT", "/a/checkout")
     assert read(path).losses
 
 

@@ -16,13 +16,13 @@ from dpocheck.open import open_subject
 from dpocheck.oracle.theory import PAPER
 from dpocheck.transports import InProcess, against_ranks, ranks
 
-SUBJECTS = Path(__file__).with_name("subjects.py")
+SUBJECTS = Path(__file__).with_name("ranks_subjects.py")
 TWO = scenes.run(scenes.rectangular(4), PAPER, Recipe(batch=2, world_size=2))
 
 
 @pytest.fixture
 def subject(tmp_path, monkeypatch):
-    """`subject(name)`: one of `subjects.py`, closed at the end, with nothing of it left running."""
+    """`subject(name)`: one of `ranks_subjects.py`, closed at the end, with nothing of it left running."""
     opened = []
     monkeypatch.setattr(ranks, "GRACE", 1.0)
 

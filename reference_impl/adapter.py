@@ -23,10 +23,11 @@ DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
 
 
 class Adapter:
-    name, package = "reference", "dpocheck"
+    name, package, ranks = "reference", "dpocheck", True
     says = Says(
         eos="appended", bos="tokenizer", truncation="keep_start", ipo="sum", reward_scale="beta", reduction="none",
-        uneven_accumulation="pairs", objectives=("sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "sft"),
+        uneven_accumulation="pairs", uneven_ranks="kept",
+        objectives=("sigmoid", "cdpo", "robust", "hinge", "ipo", "simpo", "sft"),
     )  # fmt: skip
 
     def loss(self, policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, objective, lengths=None):
@@ -107,7 +108,8 @@ def config(recipe: Recipe, folder: Path) -> TrainConfig:
         output_dir=str(folder), optimizer=recipe.optimizer, learning_rate=recipe.learning_rate,
         momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
         warmup_steps=recipe.warmup_steps, steps=recipe.steps, epochs=recipe.epochs, batch=recipe.batch,
-        accumulation=recipe.accumulation * recipe.world_size, last_step="drop" if recipe.drop_last else "keep", shuffle=recipe.shuffle,
+        accumulation=recipe.accumulation * recipe.world_size,
+        last_step="drop" if recipe.drop_last else "keep", shuffle=recipe.shuffle,
         seed=recipe.seed, lora=lora, reference_logps="precomputed" if recipe.precompute_reference else "online",
         eval_batch=recipe.eval_batch, eval_every=recipe.eval_every, save_every=recipe.save_every,
         resume="auto" if recipe.resume_from is None else str(folder / f"checkpoint-{recipe.resume_from:08d}"),

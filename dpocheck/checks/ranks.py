@@ -221,11 +221,12 @@ def evaluation(case: Case) -> Comparison:
 
 def _precomputed(theory: Theory) -> list:
     recipe = replace(BASE, precompute_reference=True)
+    five = scenes.run(scenes.rectangular(5), theory, recipe)
     return [
-        new(f"{name} pairs on two processes of three, reference precomputed",
-            scenes.run(scenes.rectangular(count), theory, recipe), tier=tier)
-        for name, count, tier in (("five", 5, "quick"), ("six", 6, "full"))
-    ]  # fmt: skip
+        new("five pairs on two processes of three, reference precomputed", five),
+        new("the same from a file", replace(five, rows_on_disk=True), tier="full"),
+        new("six pairs, reference precomputed", scenes.run(scenes.rectangular(6), theory, recipe), tier="full"),
+    ]
 
 
 @check(

@@ -167,7 +167,8 @@ def micro_batches_weigh_the_same_declared():
         seen = []
         for batch in window:
             scored = score(batch)
-            trainer.reduce(scored.losses, batch.pairs * len(window), recipe.world_size).backward()
+            parts = len(window) * recipe.world_size
+            trainer.reduce(scored.losses, batch.pairs * parts, recipe.world_size).backward()
             seen.append(scored.detached())
         return seen
 

@@ -14,17 +14,19 @@ import numpy as np
 
 from dpocheck import fixed
 from dpocheck.budget import is_costly
+from dpocheck.check import CHECKS
 from dpocheck.checks import scenes
 from dpocheck.checks.gradient import SIX
 from dpocheck.checks.loss import ARGUMENTS
 from dpocheck.checks.step import BASE
-from dpocheck.experiment import Objective
+from dpocheck.experiment import Objective, TrainExperiment
 from dpocheck.oracle import predict
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.subject import Subject
 
 NAMES = ("lp_w", "lp_l", "rf_w", "rf_l")
 DUE = np.array([1.0, -1.0, -1.0, 1.0, 0.0])
+NEAR = 0.01  # a relative distance of gradients: reductions, rounding and float32 logs stay far below it
 NOTHING_FITTED = "not fitted: this route shows no losses of single pairs"
 
 
@@ -61,7 +63,8 @@ def equation(subject: Subject) -> Equation:
         text = f"not of the form -log sigma(beta * linear): off by up to {residual:.2g} in the logit"
         return Equation(text, asked, residual, tuple(fitted))
     same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
-    text = "\n".join([words(fitted, beta), tokens(subject.theory), *gradients(subject)])
+    parts = [words(fitted, beta), tokens(subject.theory), *around(subject), *gradients(subject)]
+    text = "\n".join(part for part in parts if part)
     return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
 
 
@@ -77,6 +80,71 @@ def gradients(subject: Subject) -> list[str]:
         if seen is not None and due is not None:
             found.append(f"{float(np.sum(seen * due) / np.sum(due * due)):.3f} of it {name}")
     return [f"gradient: {', '.join(found)}"] if found else []
+
+
+def around(subject: Subject) -> list[str]:
+    """Rows, reference, clipping and dropout, from runs that were made already; what was not run is left out."""
+    return [part for part in (rows(subject), which_reference(subject), clipping(subject), dropout(subject)) if part]
+
+
+def rows(subject: Subject) -> str:
+    """What stands before the prompt, and what a limit leaves, under the conventions found."""
+    if "train" not in subject.capabilities:
+        return ""
+    theory = subject.theory
+    starts = {"tokenizer": "BOS where the tokenizer puts it", "none": "no BOS", "added": "BOS added"}
+    kept = {
+        "asked": "the side asked for is kept", "keep_start": "the start is kept", "keep_end": "the end is kept",
+        "drop": "the row is dropped", "none": "nothing is cut",
+    }  # fmt: skip
+    start, rest = starts.get(theory.bos, theory.bos), kept.get(theory.truncation, theory.truncation)
+    return f"rows: {start}; beyond the limit {rest}"
+
+
+REFERENCES = {
+    "given": "the policy as it was passed", "disk": "the checkpoint that the policy was loaded from",
+    "none": "there is none", "policy-live": "the live policy",
+}  # fmt: skip
+
+
+def which_reference(subject: Subject) -> str:
+    """Where no reference is handed over, what is taken for it: the nearest of four, if one is near."""
+    run = _ran(subject, "REF-IS-POLICY-GIVEN")
+    gradient = None if run is None else getattr(subject.observe(run), "gradient", None)
+    if run is None or gradient is None:
+        return ""
+    away = {}
+    for name in REFERENCES:
+        due = predict(run, subject.theory.but(reference=name)).gradient
+        away[name] = float(np.linalg.norm(gradient - due) / np.linalg.norm(due))
+    best = min(away, key=away.get)  # type: ignore[arg-type]
+    found = REFERENCES[best] if away[best] < NEAR else "none of those known"
+    return f"reference: the model handed over; without one, {found}"
+
+
+def clipping(subject: Subject) -> str:
+    """At which share of the norm that was asked for the gradient is clipped."""
+    run = _ran(subject, "CLIP-NORM")
+    seen = None if run is None else getattr(subject.observe(run), "gradient", None)
+    if run is None or seen is None:
+        return ""
+    due = predict(run, subject.theory).gradient
+    return f"clipping: at {np.linalg.norm(seen) / np.linalg.norm(due):.3f} of the norm asked for"
+
+
+def dropout(subject: Subject) -> str:
+    """In which of the two models dropout was drawn where its configuration has some."""
+    run = _ran(subject, "REF-NO-DROPOUT")
+    spies = {} if run is None else getattr(subject.observe(run), "spies", {})
+    told = [f"{'drawn' if spies[model]['drawn'] else 'none'} in the {model}" for model in ("policy", "reference")
+            if model in spies and spies[model].get("forwards")]  # fmt: skip
+    return f"dropout: {', '.join(told)}" if told else ""
+
+
+def _ran(subject: Subject, id: str) -> TrainExperiment | None:
+    """The first experiment of a check, if its answer is known already."""
+    run = subject.own(CHECKS[id].staged(subject.theory)[0].experiments[0], id)
+    return run if not subject.cannot(run) and subject.remembers(run) else None
 
 
 Sample = tuple[list[list[float]] | None, list[float]]

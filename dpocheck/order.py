@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dpocheck.check import CHAPTERS, STAGES, Check
+from dpocheck.oracle.theory import PAPER
 
 BASIC = frozenset({"plain", "ragged", "logps"})  # families of scenes that all others are made of
 CONTROLS = ("RUN-GRADIENT", "STEP-TWO")  # whole runs without anything special
+WHOLE = ("LOSS-SFT",)  # judged by whole runs though it is about the loss
 LAST = ("ranks", "options", "defaults")  # chapters that are about what comes on top of a trainer that is right
 
 # Family -> the families that it is made of, beside the basic ones.
 MADE_OF: dict[str, tuple[str, ...]] = {
     "evaluation": ("metrics",), "held out": ("metrics", "evaluation"), "pad is eos": ("padding",),
-    "ranks": ("accumulation", "clip", "metrics", "evaluation", "held out", "epoch", "order", "cache",
+    "ranks": ("accumulation", "clip", "metrics", "evaluation", "held out", "epoch", "order", "cache", "plain",
               "reference absent", "schedule", "adam", "resume"),
-    "resume": ("replay", "adam", "schedule", "epoch"), "epoch": ("order",), "clip": ("accumulation",),
-    "left pad": ("padding",), "long prompt": ("truncation keep_start", "truncation keep_end"),
+    "resume": ("replay", "adam", "schedule", "epoch"), "epoch": ("order", "accumulation"), "clip": ("accumulation",),
+    "schedule": ("accumulation",), "sft": ("accumulation",), "short micro-batch": ("metrics", "accumulation", "epoch"),
+    "robust": ("smoothing",), "cache": ("truncation keep_start", "truncation keep_end"), "left pad": ("padding",),
+    "long prompt": ("truncation keep_start", "truncation keep_end"),
     "bos chat": ("chat", "bos"), "columns": ("implicit prompt",),
     "lora reference": ("lora",), "defaults": ("clip",),
     "option label_smoothing": ("smoothing", "robust"), "option clip_norm": ("clip",), "option kind": ("hinge",),
@@ -44,23 +48,22 @@ def ordered(checks: Iterable[Check], capabilities: Iterable[str]) -> list[Check]
     """
     early = ("loss", "logz") if "loss" in capabilities else ()
 
-    def place(check: Check) -> tuple[int, int, int]:
+    def place(check: Check) -> tuple[int, ...]:
         stage = STAGES.index(check.stage), CHAPTERS.index(check.chapter)
+        special = not any(scene.family in BASIC for scene in check.staged(PAPER))
         if check.chapter in LAST:
-            return 9, LAST.index(check.chapter), 0
+            return 9, LAST.index(check.chapter)
         if check.level != "must":
+            return 8, *stage
+        if check.id in CONTROLS:
+            return 5, CONTROLS.index(check.id)
+        if check.id in WHOLE or check.chapter not in ("loss", "logz", "logps", "gradient", "reference"):
             return 7, *stage
+        if check.chapter == "reference":
+            return (2, *stage) if check.id == "REF-START" else (7, *stage)
         if check.chapter in early and check.stage != "rewards":
-            return 0, *stage
-        if check.chapter == "logps":
-            return 1, *stage
-        if check.id == "REF-START":
-            return 2, *stage
-        if check.chapter in ("loss", "logz"):
-            return 3, *stage
-        if check.chapter == "gradient":
-            return 4, *stage
-        return (5, CONTROLS.index(check.id), 0) if check.id in CONTROLS else (6, *stage)
+            return 0, special, *stage
+        return {"logps": 1, "loss": 3, "logz": 3, "gradient": 4}[check.chapter], special, *stage
 
     return sorted(checks, key=place)
 

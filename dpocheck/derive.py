@@ -145,9 +145,13 @@ def _logps(experiment: LogpExperiment, theory: Theory) -> Plan | str:
         (answer,) = answers
         assert isinstance(answer, TrainSeen)
         logged = entries(answer.history, "train", "logps/chosen")
-        complete = len(logged) == len(pairs)
-        logps = np.array(logged) if complete else None
-        return LogpSeen(via="derived", logps=logps, spies=answer.spies, floor=_logged(answers, logps="logps/chosen"))
+        logps = np.array(logged) if len(logged) == len(pairs) else None
+        floor = _logged(answers, logps="logps/chosen")
+        if theory.logps_logged == "mean":  # what the loss sums is looked at in the gradient
+            lengths = np.array([float(len(pair.chosen)) for pair in pairs])
+            logps = None if logps is None else logps * lengths
+            floor = {name: off * float(lengths.max()) for name, off in floor.items()}
+        return LogpSeen(via="derived", logps=logps, spies=answer.spies, floor=floor)
 
     return Plan((run,), read)
 

@@ -343,3 +343,15 @@ class AsksTwice(Own):
         super().load(probe)
         if probe.reference_path is None:
             self.reference = probe.policy().eval().requires_grad_(False)
+
+
+class LogsPerToken(Own):
+    """Log-probs are logged per token, and only logged so."""
+
+    def losses(self, pairs):
+        losses, told = super().losses(pairs)
+        for name, side in (("logps/chosen", 1), ("logps/rejected", 2)):
+            # a row's first token has nothing before it that predicts it
+            scored = torch.tensor([len(pair[side]) - (not pair[0]) for pair in pairs])
+            told[name] = told[name] / scored
+        return losses, told

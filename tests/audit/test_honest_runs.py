@@ -14,7 +14,10 @@ from dpocheck.runner import Options, run
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 RIGHT = {"pass", "info", "not-applicable"}
-RUNS = ("Packed", "LeftPadded", "Scaled", "SummedThenNormalised", "TwoPasses", "OwnOrder", "Functional", "AsksTwice")
+RUNS = (
+    "Packed", "LeftPadded", "Scaled", "SummedThenNormalised", "TwoPasses", "OwnOrder", "Functional", "AsksTwice",
+    "LogsPerToken",
+)  # fmt: skip
 pytestmark = pytest.mark.long
 
 

@@ -187,7 +187,7 @@ TWICE = {
     "the last token counts twice": (
         "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: 1.0 + (place == length - 1)), "counts EOS twice"),
     "the length divides": (
-        "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-1.0), "mean over tokens instead of sum"),
+        "step", "GRAD-RAGGED", _logps(lambda place, length: length**-1.0), "mean over tokens instead of sum"),
     "the square root of the length divides": (
         "sequence_logps", "LOGP-VALUE", _logps(lambda place, length: length**-0.5), None),
 }  # fmt: skip

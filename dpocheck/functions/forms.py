@@ -56,7 +56,7 @@ class Match:
     matrix, chosen first), tokens (log-probs token by token, with a mask), records (policy's and reference's, each with
     its attributes), margin (h alone), two (no reference, per token: SimPO), policy (no reference, in what calls itself
     DPO).
-    Of log-probs: pairs (it takes a batch, of pairs or of rows).
+    Of log-probs: pairs (it takes a batch, of pairs or of rows).  Of a step: logits (it is given what the models say).
     """
 
     form: str
@@ -91,7 +91,7 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
     options = tuple((key, n) for n, key in keys.items() if key)
     rest = tuple(p for p in usable if not keys[p.name])
     told = {p.name: concept(p.name) for p in rest}
-    for attempt in (_four, _paper, _halves, _ratios, _margin, _two, _records, _logps, _step, _by_position):
+    for attempt in (_four, _paper, _halves, _ratios, _margin, _two, _records, _logps, _logits, _step, _by_position):
         match = attempt(name, rest, told, options, owner)
         if match is None:
             continue
@@ -127,6 +127,8 @@ def doubt(match: Match, name: str, owner: str, facts: Facts) -> str | None:
         if facts.known and not facts.calls & SUMS:
             return "looks like log-probs of single tokens"
     if match.form == "step":
+        if match.shape == "logits":
+            return None if own & LOSS_WORDS else "looks like a loss of logits, but its name does not say so"
         if not own & STEP_WORDS or not sides:
             return "looks like a step, but nothing in it speaks of chosen and rejected"
         if not own & PAIR_WORDS and not any(c.who == "reference" for c in said):
@@ -366,6 +368,23 @@ def _step(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
     if not owner and not ({"reference", "optimizer"} & set(given)) and not {*words(name)} & STEP_WORDS:
         return None
     return Match("step", tuple(roles.items()), options)
+
+
+def _logits(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, owner: str) -> Match | None:
+    """A step behind its models: both completions' logits and labels, and log-probs where they are known already."""
+    roles: dict[str, str] = {}
+    for n, c in told.items():
+        if c.which and c.what in ("logits", "logp"):
+            roles[n] = f"{c.who or 'policy'}_{c.which}" + ("_logits" if c.what == "logits" else "")
+        elif c.which and c.what in ("labels", "ids", "side", "mask", "completion", "attention"):
+            roles[n] = "key"
+    models = {role.removesuffix("_logits") for role in roles.values() if role != "key"}
+    logits = {role for role in roles.values() if role.endswith("_logits")}
+    marked = {told[n].which for n, role in roles.items() if role == "key" and told[n].what in ("labels", "ids", "side")}
+    if models != set(FOUR) or not logits >= {f"{one}_logits" for one in FOUR[:2]} or marked != {"chosen", "rejected"}:
+        return None
+    known = {n: "key" for n, role in roles.items() if role in FOUR}  # the reference's, computed beforehand
+    return Match("step", tuple((roles | known).items()), options, "logits")
 
 
 def _is_tensor(said: Concept) -> bool:

@@ -30,7 +30,7 @@ WHAT = {
     "logp": {"logp", "lp", "lps", "ll"},
     "length": {"len", "lens", "length", "lengths", "start", "starts"},
     "attention": {"attention", "attn", "attend"},
-    "completion": {"completionmask"},
+    "completion": {"completionmask", "cmask", "cmasks"},
     "mask": {"mask", "masks"},
     "labels": {"label", "labels", "target", "targets"},
     "logits": {"logits", "logit"},

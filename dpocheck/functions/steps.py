@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator
@@ -56,16 +57,34 @@ class Step:
         for labels in [self.labels] if self.labels == "ids" else ["ignored", "ids"]:
             filled = pair_batch(batch, self.target.facts, models["policy"], models["reference"], labels)
             given = models | {"batch": filled, "keys": filled.by_name}
+            if self.target.match.shape == "logits":
+                given |= self._said(batch, filled.by_name, models)
             given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device, "pairs": batch.pairs}
             try:
                 out = self.target.call(given, objective, models)
             except (IndexError, RuntimeError) as error:
-                if labels == "ids" or not outside(error):
+                if labels == "ids" or not outside(error) or self.target.facts.ignores:
                     raise
                 continue
             self.labels = labels
             return out
         raise AssertionError("one of the two was returned or raised")
+
+    def _said(self, batch: PairBatch, keys: Any, models: dict[str, Any]) -> dict[str, Any]:
+        """What the models say about both completions, for a step that is given logits.
+
+        Where it does not move logits and labels by one itself, they are handed over moved.
+        """
+        moved = not self.target.facts.shifts
+        given: dict[str, Any] = {"keys": (lambda name: _moved(keys(name))) if moved else keys}
+        for who in ("policy", "reference"):
+            with contextlib.nullcontext() if who == "policy" else _no_gradient():
+                said = models[who](input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            logits = getattr(said, "logits", said)
+            halves = logits[: batch.pairs], logits[batch.pairs :]
+            for which, half in zip(("chosen", "rejected"), halves, strict=True):
+                given[f"{who}_{which}_logits"] = half[:, :-1] if moved else half
+        return given
 
     def _refuse_beta(self, objective: Objective) -> None:
         """A step without any way to be told beta has it fixed; what it is, only its source can say."""
@@ -90,6 +109,17 @@ class Step:
         if optimizer.taken is not None:
             for parameter in policy.parameters():
                 parameter.grad = optimizer.taken.get(parameter)
+
+
+def _moved(tensor: Any) -> Any:
+    """Labels and masks one place on; numbers that belong to whole rows as they are."""
+    return tensor[:, 1:] if tensor.ndim == 2 else tensor
+
+
+def _no_gradient() -> Any:
+    import torch
+
+    return torch.no_grad()
 
 
 def unit(policy: Any) -> float:

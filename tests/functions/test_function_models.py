@@ -108,7 +108,8 @@ LOSS, GRADIENT = dpo_step(STEP)
 HONEST_STEPS = [
     "dpo_step", "clears_last_step", "compute_loss", "masks_without_attention_loss", "one_mask_loss", "nested_loss",
     "tensors_loss", "cached_reference_step", "joined_prompt_loss", "Trainer.train_step", "losses_of", "Trainer",
-    "full_step", "clipping_step", "Indexed.compute_dpo_loss", "Indexed",
+    "full_step", "clipping_step", "Indexed.compute_dpo_loss", "Indexed", "logits_dpo_loss", "moved_logits_dpo_loss",
+    "half_logits_dpo_loss",
 ]  # fmt: skip
 
 
@@ -133,6 +134,10 @@ def test_gradients_that_are_never_cleared_show_in_the_second_call(tmp_path):
 
 def test_a_policy_that_is_its_own_reference_shows_as_log_two(tmp_path):
     assert ask("steps:wrong_live_reference_step", STEP, tmp_path)["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_a_loss_of_logits_that_takes_the_policy_for_the_reference_shows(tmp_path):
+    assert abs(ask("steps:wrong_logits_dpo_loss", STEP, tmp_path)["loss"] - LOSS) > 0.01
 
 
 def test_a_sum_over_pairs_shows_in_the_gradient(tmp_path):

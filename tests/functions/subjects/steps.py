@@ -200,7 +200,44 @@ class Trainer:
         return loss.item(), {"rewards/chosen": 1.5, "margin": 2.0}
 
 
+def logits_dpo_loss(policy_chosen_logits, policy_rejected_logits, ref_chosen_logits, ref_rejected_logits,
+                    chosen_labels, rejected_labels, beta):  # fmt: skip
+    """Given what the models say; it moves labels and logits by one itself."""
+    y_w, y_l = chosen_labels, rejected_labels
+    won = labelled_logps(policy_chosen_logits, y_w) - labelled_logps(ref_chosen_logits, y_w)
+    lost = labelled_logps(policy_rejected_logits, y_l) - labelled_logps(ref_rejected_logits, y_l)
+    return F.softplus(beta * (lost - won)).mean()
+
+
+def moved_logits_dpo_loss(logits_accepted, logits_rejected, logits_accepted_ref, logits_rejected_ref,
+                          y_accepted, y_rejected, cmask_accepted, cmask_rejected, beta=0.1):  # fmt: skip
+    """Its caller has moved everything; tokens and masks apart."""
+
+    def total(logits, y, cmask):
+        return (logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1) * cmask).sum(-1)
+
+    won = total(logits_accepted, y_accepted, cmask_accepted) - total(logits_accepted_ref, y_accepted, cmask_accepted)
+    lost = total(logits_rejected, y_rejected, cmask_rejected) - total(logits_rejected_ref, y_rejected, cmask_rejected)
+    return F.softplus(beta * (lost - won)).mean()
+
+
+def half_logits_dpo_loss(pi_chosen_logits, pi_rejected_logits, ref_chosen_logps, ref_rejected_logps, chosen_labels,
+                         rejected_labels, beta=0.1):  # fmt: skip
+    """The reference's log-probs are known beforehand."""
+    won = labelled_logps(pi_chosen_logits, chosen_labels) - ref_chosen_logps
+    lost = labelled_logps(pi_rejected_logits, rejected_labels) - ref_rejected_logps
+    return F.softplus(beta * (lost - won)).mean()
+
+
 # ------------------------------------------------------------------------------------------------------------- wrong
+
+
+def wrong_logits_dpo_loss(policy_chosen_logits, policy_rejected_logits, ref_chosen_logits, ref_rejected_logits,
+                          chosen_labels, rejected_labels, beta):  # fmt: skip
+    """The policy's rejected logits are taken for the reference's."""
+    won = labelled_logps(policy_chosen_logits, chosen_labels) - labelled_logps(ref_chosen_logits, chosen_labels)
+    lost = labelled_logps(policy_rejected_logits, rejected_labels)
+    return F.softplus(beta * (lost - lost.detach() - won)).mean()
 
 
 def wrong_never_clears(batch, policy, ref_policy, optimizer, beta=0.1):

@@ -99,8 +99,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the trained weights lie under {out}: at the end, and after {step}, counted in steps or micro-batches.  Where
-    `last` names {step} too, the highest is the last."""
+    """Where the trained weights lie under {out}: at the end, and after {step}, counted in steps or micro-batches.
+    Where `last` names {step} too, the highest is the last."""
 
     last: str
     step: str | None = None

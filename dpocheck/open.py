@@ -52,7 +52,8 @@ def open_subject(
         if kind in ("NotLoadable", "NotRecognised", "BadAnswer"):  # said to a person already: no traceback adds to it
             raise UsageError(message) from fault
         tail = f"\n{fault.output}" if getattr(fault, "output", "") else ""
-        hint = "; install it here, or name the Python that has it with --python" if kind == "ModuleNotFoundError" else ""
+        missing = kind == "ModuleNotFoundError"
+        hint = "; install it here, or name the Python that has it with --python" if missing else ""
         raise UsageError(f"{name} cannot be loaded: {fault}{hint}{tail}") from fault
 
     def another(number: int) -> Callable[[], InWorker]:

@@ -27,8 +27,8 @@ class Adapter:
         # accumulation, steps or epochs, seed, ... (dpocheck/experiment.py).  `folder` is this run's own.
         if recipe.objective.kind not in ("sigmoid", "ipo"):
             raise Unsupported(recipe.objective.kind)  # what your trainer cannot do: not applicable, never a pass
-        # Refuse so, too, what it never said it takes, or it counts as broken: rows without a prompt, chat rows (lists of
-        # messages), recipe.accumulation, .lora, .clip_norm, .optimizer other than "sgd", evaluation sets.
+        # Refuse so, too, what it never said it takes, or it counts as broken: rows without a prompt, chat rows
+        # (lists of messages), recipe.accumulation, .lora, .clip_norm, .optimizer other than "sgd", evaluation sets.
         trainer = MINIATURE  # REPLACE 2 of 3: your trainer, set up from probe, rows and recipe
         done = trainer.train(probe, rows, recipe, folder)  # REPLACE 3 of 3: train, and hand back what came out
         # policy: the trained model, or the folder it was saved in.  history: what was logged, in TRL's names, as

@@ -230,7 +230,7 @@ def _precomputed(theory: Theory) -> list:
 
 
 @check(
-    "RANKS-PRECOMPUTED", chapter="ranks", stage="reference", level="must", needs={"train.gradient"},
+    "RANKS-PRECOMPUTED", chapter="ranks", stage="step", level="must", needs={"train.gradient"},
     scenes=_precomputed, rivals=(PAPER.but(reference="rolled"), PAPER.but(reference="policy-live")),
     claim="Reference log-probs computed on N processes and kept equal those computed online.",
     source="Rafailov et al. 2023, section 4: pi_ref is fixed", covers=("REF-CACHE-EQ", "REF-CACHE-ALIGN"),

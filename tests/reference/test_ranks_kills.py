@@ -67,7 +67,7 @@ def end_of(children: list[int], victim: int) -> int:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
-    """Each kill hits one of the two, from before they have met to the last checkpoint. After each, whatever has a
+    """Each kill hits one of the two, from soon after their start to the last checkpoint. After each, whatever has a
     checkpoint's name is whole, and the newest is no older than before; every run that ends equals the undisturbed one
     to the last bit."""
     whole, began = tmp_path / "whole", time.monotonic()

@@ -60,6 +60,27 @@ def uneven(case: Case) -> Comparison:
     return agree(replace(case, theory=case.theory.but(uneven=promised)), "gradient")
 
 
+def _last_window(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, batch=2, accumulation=2, steps=None, epochs=1)
+    return [scene("an epoch of three micro-batches in windows of two",
+        scenes.run(scenes.rectangular(6), theory, recipe), family="last window")]
+
+
+@check(
+    "ACCUM-LAST-WINDOW", chapter="step", stage="step", level="must", needs={"train.logits"}, scenes=_last_window,
+    rivals=(PAPER.but(incomplete_window="full-divisor"), PAPER.but(accumulation="sum")),
+    claim="An epoch's last, incomplete window is averaged over the micro-batches that it has, or left out.",
+    source=MEAN, covers=("ACCUM-UNEVEN",),
+    why="The last step of every epoch is too small: its pairs count for less than all others.",
+    bug="Transformers until 4.54 divided by gradient_accumulation_steps, however many micro-batches there were.",
+    fix="Divide by the number of micro-batches in this window.",
+)  # fmt: skip
+def last_window(case: Case) -> Comparison:
+    told = [agree(replace(case, theory=case.theory.but(incomplete_window=rule)), "logits")
+            for rule in ("stepped", "dropped")]  # fmt: skip
+    return next((one for one in told if one.verdict == "pass"), told[0])
+
+
 def _tokens(theory: Theory) -> list:
     pairs = scenes.ragged()[:4]
     objective = Objective(beta=0.5, sft_weight=1.0)

@@ -63,7 +63,9 @@ def weights(window: Window, plan_: Plan, theory: Theory) -> list[float]:
         total = sum(len(batch) for batch in window)
         shares = [len(batch) / total for batch in window]
     else:
-        shares = [1.0 / (plan_.full if theory.incomplete_window == "full-divisor" else size)] * size
+        shares = [1.0 / size] * size
+    if theory.incomplete_window == "full-divisor":
+        shares = [share * size / plan_.full for share in shares]
     if theory.accumulation == "sum":
         return [share * size for share in shares]
     if theory.accumulation == "twice":

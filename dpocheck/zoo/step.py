@@ -115,6 +115,26 @@ def accumulation_divided_twice(trainer, policy, window, score, recipe):
 
 
 @specimen(
+    "last-window-divided-as-if-full",
+    part="accumulate",
+    caught_by="ACCUM-LAST-WINDOW",
+    theory=PAPER.but(incomplete_window="full-divisor"),
+    imitates="huggingface/transformers#38837",
+)
+def last_window_divided_as_if_full(trainer, policy, window, score, recipe):
+    """The loss of a micro-batch is divided by the accumulation steps asked for, not by those of its window."""
+    pairs = sum(batch.pairs for batch in window)
+    return _window(
+        trainer,
+        policy,
+        window,
+        score,
+        recipe,
+        lambda losses, batch: trainer.reduce(losses, pairs, recipe.world_size) * len(window) / recipe.accumulation,
+    )
+
+
+@specimen(
     "micro-batches-weigh-the-same",
     part="accumulate",
     caught_by="ACCUM-UNEVEN",

@@ -39,6 +39,26 @@ def open_properties() -> list[str]:
     return [id for ids in chapters.values() for id in ids if id not in known and id not in excused]
 
 
+# Of each objective: paper, equation, and where the number of the equation was verified.
+OWN = "by the comment beside the formula in many public copies of the loss; the paper's own text was not read"
+EQUATIONS = (
+    ("DPO", "Rafailov et al. 2023 (arXiv:2305.18290)", "Eq. 7", OWN),
+    ("cDPO", "Mitchell 2023 (ericmitchell.ai/cdpo.pdf)", "Eq. 3", OWN),
+    ("IPO", "Azar et al. 2023 (arXiv:2310.12036)", "Eq. 17", OWN + "; they name version 2"),
+    ("rDPO (robust)", "Chowdhury et al. 2024 (arXiv:2403.00409)", "no number given", "not verified"),
+    ("hinge", "Liu et al. 2023 (arXiv:2309.06657)", "no number given", "not verified"),
+    ("SimPO", "Meng et al. 2024 (arXiv:2405.14734)", "Eq. 6", "not verified"),
+    ("SFT term", "Pang et al. 2024 (arXiv:2404.19733)", "Eq. 1", "not verified"),
+    ("SFT term", "Xu et al. 2024 (arXiv:2401.08417)", "Eq. 5", "not verified"),
+    ("f-divergences", "Wang et al. 2023 (arXiv:2309.16240)", "none used", "there is no check of them yet"),
+)
+
+
+def _equations() -> list[str]:
+    rows = ["## numbers of equations", "", "| objective | paper | equation | where the number was verified |"]
+    return [*rows, "| --- | --- | --- | --- |", *(f"| {' | '.join(one)} |" for one in EQUATIONS), ""]
+
+
 def page() -> str:
     checks = list(CHECKS.values())
     rows = [
@@ -52,13 +72,14 @@ def page() -> str:
         f"- [{_title(chapter)}](#{_title(chapter).lower().replace(' ', '-')}), {plural(len(found), 'check')}"
         for chapter, found in inside.items() if found
     ]  # fmt: skip
-    rows += ["- [properties and what covers them](#properties-and-what-covers-them)", ""]
+    rows += ["- [numbers of equations](#numbers-of-equations)",
+             "- [properties and what covers them](#properties-and-what-covers-them)", ""]
     for chapter, found in inside.items():
         if found:
             rows += [f"## {_title(chapter)}", ""]
             for check in found:
                 rows += _check(check)
-    return "\n".join([*rows, *_table()]) + "\n"
+    return "\n".join([*rows, *_equations(), *_table()]) + "\n"
 
 
 def _title(chapter: str) -> str:

@@ -69,6 +69,7 @@ def _beyond(record: dict) -> float | str | None:
 
 
 def lines(data: dict) -> list[str]:
+    """The page, of what ci/variants.json holds."""
     rows = [(id, _honest(data, found), _smallest(found)) for id, found in data["checks"].items()]
     whole = sum(count for _, (_, _, count, _), _ in rows)
     cells = sum(len(found["honest"]) for found in data["checks"].values())
@@ -79,10 +80,10 @@ def lines(data: dict) -> list[str]:
     ]  # fmt: skip
     return [
         "# How sharp is each check?", "",
-        "Made by `ci/variants`.  Right trainers: every variant of the zoo on distinct drawn experiments, 300 a check, 30",
-        "where each takes a whole run; the table has the greatest error over bound, and the fewest experiments that",
-        "passed for any variant to which the check applies.  Faults: the specimens that the check must catch; the table",
-        "has the smallest error over bound.  Bounds are derived (`dpocheck/tolerances.py`), never fitted.", "",
+        "Made by `ci/variants`.  Right trainers: every variant of the zoo on distinct drawn experiments, 300 a check,",
+        "30 where each takes a whole run; the table has the greatest error over bound, and the fewest experiments that",
+        "passed for any variant to which the check applies.  Faults: the specimens that the check must catch; the",
+        "table has the smallest error over bound.  Bounds are derived (`dpocheck/tolerances.py`), never fitted.", "",
         f"{cells} of {wanted} cells are current; {whole} experiments passed, {len(troubled)} failed.", "",
         *troubled, *([""] if troubled else []),
         "`exact`: bits, counts or words are compared, and nothing but equality passes.", "",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dpocheck.oracle.theory import PAPER
 from dpocheck.zoo.registry import mini, specimen, torch
 
 # -------------------------------------------------------------------------------------------------- who takes which row
@@ -18,7 +19,7 @@ def every_rank_sees_the_same_rows(rows, size):
     return rows[:size]
 
 
-@specimen("ranks-filled-up", part="share", caught_by="RANKS-PAIRS")
+@specimen("ranks-filled-up", part="share", caught_by="RANKS-PAIRS", theory=PAPER.but(ranks_tail="repeated"))
 def ranks_filled_up(rows, size):
     """The last ranks of a short batch are filled up with rows from its start, which count twice: what
     torch.utils.data.DistributedSampler does, here without a word in the documentation."""

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2] / "conformance"
 FINDINGS = sorted((ROOT / "findings").glob("*.md"))
+TRL = [path for path in FINDINGS if "TRL 1.16.0" in path.read_text(encoding="utf-8")]  # the trainer that is at hand
+LINES = {path: 60 if path in TRL else 100 for path in FINDINGS}  # of a script; a trainer of files alone needs them made
 SECTIONS = ["Promised", "Script", "Observed", "Expected", "Suspected line", "Suggested fix"]
 
 
@@ -25,21 +27,21 @@ def parts(path: Path) -> tuple[str, str]:
 
 def test_every_known_failure_of_trl_has_a_page():
     known = tomllib.loads((ROOT / "expected" / "trl-1.16.0.toml").read_text(encoding="utf-8"))["expect"]
-    assert {entry["id"].lower() for entry in known} == {path.stem for path in FINDINGS}
+    assert {entry["id"].lower() for entry in known} == {path.stem for path in TRL}
 
 
 @pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
 def test_a_finding_is_complete_and_short(path):
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)", text, re.M) == SECTIONS
-    assert "TRL 1.16.0" in text
+    assert re.search(r"^Found by check [A-Z-]+\. .* \d+\.\d+", text, re.M)
     script, _ = parts(path)
-    assert len(script.splitlines()) <= 60
+    assert len(script.splitlines()) <= LINES[path]
     assert "dpocheck" not in script
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRL, ids=lambda path: path.stem)
 def test_a_findings_script_shows_what_the_page_says(path, alone):
     trl = pytest.importorskip("trl", reason="the findings are TRL's")
     if trl.__version__ != "1.16.0":

@@ -88,7 +88,7 @@ def installed(package: str | None) -> str | None:
 
 
 def versions(package: str | None) -> dict[str, str]:
-    """Of the trainer's package and of what a run may depend on, as installed beside the trainer; nothing is imported."""
+    """Of the trainer's package and of what a run may depend on, as installed beside it; nothing is imported."""
     names = (package, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
     return {name: found for name in names if name and (found := installed(name))}
 

@@ -207,7 +207,10 @@ class HeadLearnsFaster(Own):
 
 
 class GradientsCarriedOver(Own):
-    """A window that an epoch leaves unfinished takes no step; its gradients are still there in the next epoch."""
+    """A window that an epoch leaves unfinished takes no step; its gradients are still there in the next epoch.
+
+    Not found: the oracle has no theory of windows that run on over the end of an epoch, which is nobody's mistake.
+    """
 
     def load(self, probe):
         super().load(probe)
@@ -341,7 +344,10 @@ class EvaluatesWithTheDefaultBeta(Own):
 
 
 class ScaledByTheRootOfTheRank:
-    """LoRA's scale is alpha / sqrt(rank), unasked."""
+    """LoRA's scale is alpha / sqrt(rank), unasked.
+
+    Not found: merged weights do not tell the scale from how the adapter's first matrix was drawn.
+    """
 
     says = MINIATURE.says
 

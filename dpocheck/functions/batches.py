@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpocheck.adapter import PairBatch
+from dpocheck.adapter import PairBatch, Unsupported
 from dpocheck.functions.parameters import Concept, concept, option
 from dpocheck.functions.source_facts import Facts
 
@@ -103,7 +103,11 @@ class Keys:
         ids, attention = batch.input_ids[rows].clone(), batch.attention_mask[rows].clone()
         counted = batch.completion_mask[rows].clone()
         if said.what == "length" and (said.prompt or not said.completion):
-            return counted.argmax(dim=1)
+            first = counted.argmax(dim=1)
+            joined = self.facts.calls & {"cat", "concat", "concatenate"}
+            if rows == slice(None) and not joined and not bool((first[: batch.pairs] == first[batch.pairs :]).all()):
+                raise Unsupported("left padding: it takes one prompt length for both completions of a pair")
+            return first
         if said.what == "length":
             return counted.sum(dim=1)
         what = self.mask if said.what == "mask" else said.what

@@ -10,6 +10,7 @@ from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.forms import SUMS, of_rows
 from dpocheck.functions.losses import library
 from dpocheck.functions.models import expected, outside, speaking
+from dpocheck.functions.options import PadToken
 from dpocheck.functions.parameters import concept
 from dpocheck.functions.target import Target
 
@@ -100,6 +101,7 @@ class SequenceLogps:
     def _ask(self, model: Any, batch: TokenBatch) -> Any:
         device, rows = batch.input_ids.device, len(batch.input_ids)
         given = {"model": model, "settings": {"pad": pad_id(batch), "device": device, "pairs": rows}}
+        given["settings"]["tokenizer"] = PadToken(pad_id(batch))
         given |= tensors(batch, self.labels, self.singular)
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

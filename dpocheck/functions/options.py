@@ -50,6 +50,13 @@ def values(objective: Objective) -> dict[str, Any]:
     }
 
 
+class PadToken:
+    """Stands in for a tokenizer where nothing but the padding's id is asked of it."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad_token_id = pad
+
+
 class Nothing:
     """A schedule that changes nothing."""
 

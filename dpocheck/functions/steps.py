@@ -60,6 +60,7 @@ class Step:
             if self.target.match.shape == "logits":
                 given |= self._said(batch, filled.by_name, models)
             given["settings"] = {"pad": batch.pad_token_id, "device": batch.input_ids.device, "pairs": batch.pairs}
+            given["settings"]["tokenizer"] = options.PadToken(batch.pad_token_id)
             try:
                 out = self.target.call(given, objective, models)
             except (IndexError, RuntimeError) as error:

@@ -30,6 +30,7 @@ HONEST = [
     "raw_model_logp", "tuple_model_logp", "labelled_logp", "prompt_length_logp", "premoved_logps", "token_logps",
     "sequence_logprob", "caller", "Scorer.batch_log_probs", "Scorer.compute_logprobs",
     "concatenated_forward", "iterating_forward", "batch_logprob", "flat_logprob", "gradless_logps",
+    "PaddingScorer.batch_logps",
 ]  # fmt: skip
 
 
@@ -109,7 +110,7 @@ HONEST_STEPS = [
     "dpo_step", "clears_last_step", "compute_loss", "masks_without_attention_loss", "one_mask_loss", "nested_loss",
     "tensors_loss", "cached_reference_step", "joined_prompt_loss", "Trainer.train_step", "losses_of", "Trainer",
     "full_step", "clipping_step", "Indexed.compute_dpo_loss", "Indexed", "logits_dpo_loss", "moved_logits_dpo_loss",
-    "half_logits_dpo_loss",
+    "half_logits_dpo_loss", "shared_length_loss",
 ]  # fmt: skip
 
 
@@ -134,6 +135,11 @@ def test_gradients_that_are_never_cleared_show_in_the_second_call(tmp_path):
 
 def test_a_policy_that_is_its_own_reference_shows_as_log_two(tmp_path):
     assert ask("steps:wrong_live_reference_step", STEP, tmp_path)["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_one_prompt_length_for_a_pair_has_no_meaning_under_left_padding(tmp_path):
+    with pytest.raises(Unsupported, match="one prompt length for both completions"):
+        ask("steps:shared_length_loss", StepExperiment(**vars(STEP) | {"padding": "left"}), tmp_path)
 
 
 def test_a_loss_of_logits_that_takes_the_policy_for_the_reference_shows(tmp_path):

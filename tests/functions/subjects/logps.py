@@ -115,6 +115,18 @@ def iterating_forward(model, batch):
     return {"chosen_logps": logps[: len(logps) // 2], "rejected_logps": logps[len(logps) // 2 :]}
 
 
+class PaddingScorer:
+    """Asks its tokenizer for nothing but the padding's id."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def batch_logps(self, input_ids, attention_mask, labels):
+        safe = labels[:, 1:].masked_fill(labels[:, 1:] == -100, self.tokenizer.pad_token_id)
+        each = self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].log_softmax(-1)
+        return (each.gather(-1, safe[..., None])[..., 0] * (labels[:, 1:] != -100)).sum(-1)
+
+
 class Scorer:
     pad_token_id = 0
 

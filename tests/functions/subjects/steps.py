@@ -200,6 +200,21 @@ class Trainer:
         return loss.item(), {"rewards/chosen": 1.5, "margin": 2.0}
 
 
+def shared_length_loss(policy, reference, batch, beta):
+    """One prompt length for both completions of a pair."""
+
+    def total(model, side):
+        ids = batch[f"{side}_input_ids"]
+        each = model(ids, attention_mask=batch[f"{side}_attention_mask"]).logits[:, :-1].log_softmax(-1)
+        after = torch.arange(1, ids.shape[1]) >= batch["prompt_lengths"][: len(ids), None]
+        kept = after * batch[f"{side}_attention_mask"][:, 1:]
+        return (each.gather(-1, ids[:, 1:, None]).squeeze(-1) * kept).sum(-1)
+
+    with torch.no_grad():
+        known = total(reference, "chosen") - total(reference, "rejected")
+    return F.softplus(-beta * (total(policy, "chosen") - total(policy, "rejected") - known)).mean()
+
+
 def logits_dpo_loss(policy_chosen_logits, policy_rejected_logits, ref_chosen_logits, ref_rejected_logits,
                     chosen_labels, rejected_labels, beta):  # fmt: skip
     """Given what the models say; it moves labels and logits by one itself."""

@@ -297,6 +297,33 @@ def test_killed_process_ends_the_job_at_once_with_one_message_and_it_goes_on(vic
     assert history(folder) == history(tmp_path / "whole")
 
 
+def test_error_of_the_writing_process_alone_is_the_one_message_and_the_job_ends(tmp_path: Path) -> None:
+    """metrics.jsonl cannot be written after step 3, which the other process does not know until it is left alone."""
+    from reference_impl import metrics
+    from reference_impl.files import DiskError
+
+    right, written = metrics.append_text, []
+
+    def full(file: Path, text: str) -> None:
+        written.append(text)
+        if len(written) > 3:
+            raise DiskError(file, OSError(28, "No space left on device"))
+        right(file, text)
+
+    given = command(tmp_path, "full")
+
+    def action(rank: int) -> None:
+        metrics.append_text = full
+        leave(cli.run(given))
+
+    assert join(start(2, action, tmp_path / "a"), 100) == [1, 1]
+    said = [[line for line in (tmp_path / "a" / f"said-{rank}.txt").read_text().splitlines() if "dpo-train: " in line]
+            for rank in range(2)]  # fmt: skip
+    assert len(said[0]) == 1
+    assert "metrics.jsonl could not be written (No space left on device)" in said[0][0]
+    assert said[1] == []
+
+
 def test_sigterm_to_one_process_stops_all_after_one_checkpoint(tmp_path: Path) -> None:
     given = command(tmp_path, "stopped")
     children = start(2, lambda rank: leave(cli.run([*given, "print_every=1"])), tmp_path / "a")

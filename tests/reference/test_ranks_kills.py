@@ -74,6 +74,7 @@ def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
     assert join(once(whole, tmp_path / "said")) == [0, 0]
     length = time.monotonic() - began
     draw, ends, finished, run, newest = random.Random(0), Counter(), 0, tmp_path / "run-0", 0
+    slowest = 0.0
     while ends.total() < KILLS:
         children, victim = once(run, tmp_path / "said"), draw.randrange(2)
         time.sleep(draw.uniform(0.02, 0.7) * length)
@@ -84,8 +85,9 @@ def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
         else:
             os.kill(children[victim], signal.SIGKILL)
             os.waitpid(children[victim], 0)
+            moment = time.monotonic()
             code = end_of(children, victim)
-            ends[code] += 1
+            ends[code], slowest = ends[code] + 1, max(slowest, time.monotonic() - moment)
             # 0: it had nothing more to do with the other; −15: torchrun's SIGTERM, before they had met.
             assert code in (LOST, 0, -signal.SIGTERM), (tmp_path / "said" / f"said-{1 - victim}.txt").read_text()
             steps = [check_folder(path)["step"] for path in checkpoints(run).values()] if run.exists() else []
@@ -99,7 +101,7 @@ def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
         assert history(run) == history(whole)
         finished, newest = finished + 1, 0
         run = tmp_path / f"run-{finished}"
-    print(f"{KILLS} kills; the other process: {dict(ends)}; runs that reached their end: {finished}")
+    print(f"{KILLS} kills; the other process: {dict(ends)}; after {slowest:.1f} s at most; runs ended: {finished}")
     assert join(once(run, tmp_path / "said")) == [0, 0]
     left, right = tensors(whole / "final"), tensors(run / "final")
     assert all(torch.equal(left[name], right[name]) for name in left)

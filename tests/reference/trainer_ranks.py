@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from trainer_tiny import gpt2, llama, numbers
 
 from reference_impl import TrainConfig, train
 
+STORES: list[torch.distributed.TCPStore] = []
 gpt2(), llama()  # their classes are imported when first asked for
 
 @dataclass(frozen=True)
@@ -37,12 +37,6 @@ class Outcome:
     history: list[Any]
     weights: dict[str, torch.Tensor]
     said: list[str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -57,7 +51,10 @@ def one_thread() -> Iterator[None]:
 def start(world: int, action: Callable[[int], None], folder: Path) -> list[int]:
     """Forks `world` processes that run action(rank); returns their ids.  What they print goes to said-<rank>.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, children = str(free_port()), []
+    # torchrun keeps the store through which processes meet, so that it outlives each of them; here this process does.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
+    children = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
@@ -69,7 +66,8 @@ def start(world: int, action: Callable[[int], None], folder: Path) -> list[int]:
                     os.dup2(said.fileno(), 2)
                     os.environ |= {
                         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                        "TORCHELASTIC_USE_AGENT_STORE": "True",
                     }  # fmt: skip
                     try:
                         action(rank)

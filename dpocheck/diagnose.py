@@ -273,7 +273,8 @@ class Diagnostician:
 
         A fault is refuted where the paper is right and the fault is not; and where it leaves a share of the failing
         error and most of the other wrong numbers unexplained.  A second fault elsewhere does neither to one that is
-        there: it adds errors, and the first still explains its own.
+        there: it adds errors, and the first still explains its own.  Where nothing stands, what fits the failure
+        exactly is told, as doubtful: it says what the failing scene looks like.
         """
         if not best:
             return best
@@ -287,16 +288,18 @@ class Diagnostician:
         groups = [facts for pair in usable[:WITNESSES] if (facts := self.facts([pair]))]
         wrong = [facts for facts in groups if any(fact.informative for fact in facts)]
 
-        kept = []
+        kept, contradicted = [], []
         for one in best[:SCREENED]:
             theory = self.theory.but(**one.theory.differs())
             left = sum(self.judge((one.name, one.theory), facts).left > NEAR for facts in wrong)
+            refuting = sum(self._refuted(theory, facts) for facts in groups)
             supported = replace(one, unexplained=left, others=len(wrong))
-            if not any(self._refuted(theory, facts) for facts in groups) and (
-                one.left <= ROUNDING or not supported.doubtful
-            ):
+            if refuting:
+                against = left + refuting
+                contradicted += [replace(one, unexplained=against, others=against)] if one.left <= ROUNDING else []
+            elif one.left <= ROUNDING or not supported.doubtful:
                 kept.append(supported)
-        return kept
+        return kept or contradicted
 
     def _refuted(self, theory: Theory, facts: list[Fact]) -> bool:
         """Whether the paper is right of all that trains, and the theory is not."""

@@ -74,7 +74,7 @@ def _advice(result: Result, check, folder: Path | str | None) -> list[str]:
     for place, diagnosis in enumerate(result.diagnosis[:3]):
         close = f"its error is {diagnosis.score:.0e} of the paper's" if diagnosis.score else "fits exactly"
         if 2 * diagnosis.unexplained > diagnosis.others:
-            close += f", but explains not {diagnosis.unexplained} of {diagnosis.others} other wrong observations"
+            close += f", but does not explain {diagnosis.unexplained} of {diagnosis.others} other observations"
         lines += labelled("probably" if place == 0 else "or", f"{line(diagnosis.name)} ({close})")
     if check is not None and check.bug:
         lines += labelled("in public", line(check.bug))

@@ -101,7 +101,7 @@ class SequenceLogps:
     def _ask(self, model: Any, batch: TokenBatch) -> Any:
         device, rows = batch.input_ids.device, len(batch.input_ids)
         given = {"model": model, "settings": {"pad": pad_id(batch), "device": device, "pairs": rows}}
-        given["settings"]["tokenizer"] = PadToken(pad_id(batch))
+        given["settings"]["tokenizer"] = PadToken(_spare(batch, model))
         given |= tensors(batch, self.labels, self.singular)
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -142,6 +142,14 @@ def pad_id(batch: TokenBatch) -> int:
     """The id that stands at padding; where there is none, an id that is nowhere."""
     padding = batch.input_ids[batch.attention_mask == 0]
     return int(padding[0]) if padding.numel() else -1
+
+
+def _spare(batch: TokenBatch, model: Any) -> int:
+    """The id that stands at padding; where there is none, one of the vocabulary that is nowhere in the batch."""
+    if (pad := pad_id(batch)) >= 0:
+        return pad
+    used = set(batch.input_ids.flatten().tolist())
+    return next((token for token in reversed(range(model.config.vocab_size)) if token not in used), pad)
 
 
 def reduce(out: Any, batch: TokenBatch) -> Any:

@@ -64,6 +64,8 @@ class FunctionAdapter:
         for form, one in self.targets.items():
             found[one.name] = Said(f"{form}({spelled(one.parameters)}), by {one.match.by}")
             found |= {f"{one.name}: {key}": value for key, value in one.fixed.items()}
+            if one.gamma_is_ratio:
+                found[f"{one.name}: gamma"] = Said("a ratio to beta")
             if getattr(getattr(self, form), "one_pair", False):
                 found[f"{one.name}: pairs"] = Said("one a call")
             if one.match.shape == "tokens" or getattr(getattr(self, form), "wide", False):

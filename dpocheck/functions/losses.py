@@ -107,6 +107,16 @@ class Loss:
         objective = Objective(options.own_kind(self.target.name) or "sigmoid", beta=self.target.fixed.get("beta", 1.0))
         with suppress(Exception):  # it will fail again, and be reported, when it is asked in earnest
             self._answer((two, two - 1, two, two), objective, None)
+            self.target.gamma_is_ratio = objective.kind == "simpo" and self._takes_ratio(two * 0)
+
+    def _takes_ratio(self, zero: Any) -> bool:
+        """Is SimPO's gamma given as a ratio to beta, as its authors' code has it?  At h = 0 the loss tells.
+
+        It is softplus(gamma), or softplus(beta gamma) of a ratio.
+        """
+        out = unpack(self._answer((zero,) * 4, Objective("simpo", beta=2.0, gamma=0.5), None))
+        loss = float(out.loss.mean())
+        return math.isclose(loss, math.log1p(math.exp(1.0)), rel_tol=1e-6)
 
     def _measured_beta(self) -> float:
         """The fixed beta of a function whose source names none or several: from its value at h = 1.

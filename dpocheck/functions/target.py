@@ -36,6 +36,7 @@ class Target:
     holder: Any = None
     made: dict[Any, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
+    gamma_is_ratio: bool = False  # SimPO: its `gamma` is divided by beta already
 
     def settable(self) -> set[str]:
         """The options it can be told, by any way."""
@@ -62,6 +63,8 @@ class Target:
     def call(self, given: dict[str, Any], objective: Objective, models: dict[str, Any] | None = None) -> Any:
         """Call it with `given`, role -> value.  Raises Unsupported where the objective cannot be had."""
         known = options.values(objective) | given.get("settings", {})
+        if self.gamma_is_ratio:
+            known["gamma"] = known["gamma_beta_ratio"]
         arguments: dict[str, Any] = {}
         defaults = {p.name: p for p in self.parameters}
         for name, role in self.match.roles:

@@ -95,6 +95,14 @@ def test_simpo_that_is_told_the_lengths_is_given_sums():
     assert ask("losses:SimpleSimPO.simpo_loss", four)["per_pair"] == pytest.approx(whole)
 
 
+def test_a_gamma_that_is_a_ratio_to_beta_is_told_so_and_said():
+    four = LossExperiment(*FOUR, objective=Objective("simpo", beta=2.0, gamma=0.5), lengths=((2, 3), (5, 2)))
+    seen = ask("losses:ratio_simpo_loss", four)
+    assert seen["per_pair"] == pytest.approx(ask("losses:simpo_loss", four)["per_pair"])
+    assert seen["forced"]["ratio_simpo_loss: gamma"] == "a ratio to beta"
+    assert "simpo_loss: gamma" not in ask("losses:simpo_loss", four)["forced"]
+
+
 def test_simpo_with_loss_types_is_asked_for_simpo_alone():
     assert ask("losses:SimpleSimPO.simpo_loss", experiment(kind="simpo"))["only"] == {"kind": "simpo"}
     with pytest.raises(Unsupported, match="is simpo and has no parameter to choose"):

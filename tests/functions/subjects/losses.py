@@ -314,6 +314,11 @@ class SimpleSimPO:
         return F.softplus(-m) if self.loss_type == "sigmoid" else torch.relu(1 - m)
 
 
+def ratio_simpo_loss(policy_chosen_logps, policy_rejected_logps, beta=2.0, gamma=0.25):
+    """Its gamma is a ratio to beta, as in the code of SimPO's authors."""
+    return F.softplus(-beta * (policy_chosen_logps - policy_rejected_logps - gamma))
+
+
 def dpo_pair_margin(pi_w, pi_l, ref_w, ref_l, beta):
     """Not a loss."""
     return beta * (pi_w - pi_l - ref_w + ref_l)

@@ -51,8 +51,8 @@ class Adapter:
             "label_smoothing": recipe.objective.label_smoothing, **limits,
             "precompute_ref_log_probs": recipe.precompute_reference,
         }  # fmt: skip
-        if recipe.lora and probe.reference_path and (0, 8) <= self.release < (0, 29):
-            asked["force_use_ref_model"] = True  # beside an adapter a reference is refused without it
+        if recipe.lora and probe.reference_path and (0, 7, 5) <= self.release < (0, 29):
+            asked["force_use_ref_model"] = True  # else a reference beside an adapter is refused; before 0.8 always
         base = getattr(trl, "DPOConfig", TrainingArguments)
         known = {field.name for field in fields(base)}
         told = {NAMES.get(name, name) if name not in known else name: value

@@ -82,6 +82,7 @@ def test_fifty_random_kills_lose_nothing(tmp_path: Path) -> None:
         if done:  # it was done before the kill
             assert os.waitstatus_to_exitcode(status) == 0
             assert end_of(children, victim) == 0
+            length *= 0.7  # the machine has become faster
         else:
             os.kill(children[victim], signal.SIGKILL)
             os.waitpid(children[victim], 0)

@@ -118,6 +118,8 @@ def run(
         if not reader.is_alive():
             os.close(source)
     output = reader.tail.decode("utf-8", "replace")
+    if passed is not None:
+        _unlock(environment)
     if passed == "time":
         raise CommandFailed(f"was still running after {seconds:g} s, the time limit", output)
     if passed is not None:
@@ -125,6 +127,12 @@ def run(
     if child.returncode:
         raise CommandFailed(_ended(child.returncode), output)
     return Finished(output, time.monotonic() - began)
+
+
+def _unlock(environment: Mapping[str, str]) -> None:
+    """A run that is ended while it compiles leaves torch's lock, and every later run would wait for it for ever."""
+    for lock in Path(environment.get("TORCH_EXTENSIONS_DIR", "/nowhere")).glob("*/lock"):
+        lock.unlink(missing_ok=True)
 
 
 def _ended(code: int) -> str:

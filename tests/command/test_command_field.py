@@ -120,3 +120,18 @@ def test_a_missing_interpreter_is_said(tmp_path):
     )
     with pytest.raises(Exception, match="is no program"):
         open_subject(path, tmp_path)
+
+
+def test_a_run_that_is_ended_leaves_no_lock_that_the_next_would_wait_for(tmp_path):
+    import sys
+
+    from dpocheck.command.run import CommandFailed, run
+
+    lock = tmp_path / "extensions" / "adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    with pytest.raises(CommandFailed, match="still running"):
+        run([sys.executable, "-c", "input = __import__('time').sleep(60)"], environment=environment, folder=tmp_path,
+            seconds=0.5, memory_gb=1)  # fmt: skip
+    assert not lock.exists()

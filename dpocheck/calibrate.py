@@ -85,7 +85,8 @@ def takes_runs(check: Check, theory: Theory) -> bool:
 
 def _native(check: Check, capabilities: tuple[str, ...]) -> bool:
     """Whether a subject answers the check's experiments itself, without whole runs."""
-    wanted = {CAPABILITY.get(kind, kind) for kind in {need.partition(".")[0] for need in check.needs} or {check.chapter}}
+    kinds = {need.partition(".")[0] for need in check.needs} or {check.chapter}
+    wanted = {CAPABILITY.get(kind, kind) for kind in kinds}
     return wanted <= set(capabilities)
 
 

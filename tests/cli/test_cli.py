@@ -93,6 +93,7 @@ def fake(monkeypatch, tmp_path) -> Fake:
         out: Path | None = None
         known: tuple[str, ...] = ()
         python: str | None = None
+        unblocked: bool = False
 
     @contextlib.contextmanager
     def audited(options, progress=None):

@@ -217,7 +217,10 @@ def close(seen: Any, expected: Any, limit: Any, *, label: Callable[[tuple[int, .
         ratio = np.where(np.isnan(error), np.inf, np.where(error == 0, 0.0, error / limit))
     if ratio.size == 0:
         return Comparison("unknown", reason="nothing to compare")
-    worst = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    ranked = ratio
+    if np.isinf(ratio).any():  # a bound of zero makes a trifle infinitely wrong: name the largest of what is wrong
+        ranked = np.where(ratio > 1, np.where(np.isnan(error), np.inf, error), -1.0)
+    worst = np.unravel_index(int(np.argmax(ranked)), ratio.shape)
     shown = float(error[worst])
     return Comparison(
         "pass" if ratio[worst] <= 1 else "fail",

@@ -108,17 +108,20 @@ def _speaking(size: int, body: Body) -> dict[str, np.ndarray]:
     return built
 
 
+def longest(body: Body) -> int:
+    """Tokens a row may have: few, for transformers 4.38 builds masks as wide as this, squared, for every row."""
+    return 2048 if body.kind == "speaking" else 256
+
+
 def configuration(size: int, body: Body, dtype: str, tokenizer: Tokenizer) -> dict:
     """config.json of the checkpoint."""
     hidden = hidden_size(size, body)
     heads = 2 if body.kind == "speaking" else 1
-    # Rows of tables are short, and transformers 4.38 builds masks as wide as this, squared, for every row of a batch.
-    positions = 2048 if body.kind == "speaking" else 256
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size, "hidden_size": hidden,
         "intermediate_size": 8, "num_hidden_layers": body.layers, "num_attention_heads": heads,
         "num_key_value_heads": heads, "head_dim": hidden // heads, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "max_position_embeddings": positions, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": longest(body), "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
         "attention_dropout": body.attention_dropout, "tie_word_embeddings": False, "use_cache": False,
         "torch_dtype": dtype, "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,

@@ -87,7 +87,8 @@ def model_values(run: TrainExperiment, report: Report) -> dict[str, Any]:
     return {
         "size": tokenizer.size, "words": names(tokenizer), "c": scales.c, "k": scales.k,
         "speaking": body.kind == "speaking", "glass": body.kind in ("glass", "clock"), "clock": body.kind == "clock",
-        "hidden": tables.hidden_size(tokenizer.size, body), "layers": body.layers, "dtype": run.recipe.dtype,
+        "hidden": tables.hidden_size(tokenizer.size, body), "positions": tables.longest(body),
+        "layers": body.layers, "dtype": run.recipe.dtype,
         "dtype_name": dtype_name(report), "pad": tokenizer.pad,
         "pad_token": '"</s>"' if tokenizer.pad_is_eos else '"<pad>"', "kind": tokenizer.kind,
         "adds_bos": tokenizer.adds_bos, "merges": [tuple(tokenizer.merge)] if tokenizer.merge else [],

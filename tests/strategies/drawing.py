@@ -45,6 +45,7 @@ class Oracle:
 
     def __init__(self, obeys: Theory = PAPER) -> None:
         self.obeys, self.asked = obeys, []
+        self.only: dict[str, Any] = {}
 
     def own(self, experiment: Any, check: str = "") -> Any:
         return experiment

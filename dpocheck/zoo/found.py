@@ -33,10 +33,14 @@ def rejected_lags_behind(trainer, policy, window, score, recipe):
     for batch in window:
         before = _LAST.get(policy, batch)
         _LAST[policy] = batch
-        if recipe.shuffle and before.input_ids.shape == batch.input_ids.shape:
+        if recipe.shuffle and before.pairs == batch.pairs:
             pairs, joined = batch.pairs, {}
+            width = max(batch.input_ids.shape[1], before.input_ids.shape[1])
             for name in ("input_ids", "attention_mask", "completion_mask"):
-                joined[name] = torch.cat([getattr(batch, name)[:pairs], getattr(before, name)[pairs:]])
+                halves = getattr(batch, name)[:pairs], getattr(before, name)[pairs:]
+                joined[name] = torch.cat(
+                    [torch.nn.functional.pad(half, (0, width - half.shape[1])) for half in halves]
+                )
             mixed.append(replace(batch, **joined))
         else:
             mixed.append(batch)

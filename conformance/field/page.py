@@ -57,16 +57,16 @@ def _subjects(known: Mapping[str, Trainer], results: Mapping[str, Any]) -> list[
 
 
 def _findings(known: Mapping[str, Trainer], told: Mapping[str, Any]) -> list[str]:
-    """A check a line: where it fails, and why."""
-    lines = ["| check | fails in | what is wrong there |", "|---|---|---|"]
-    reasons = {name: _reasons(known[name].expected) for name in told}
-    failing: dict[str, dict[str, list[str]]] = {}
+    """A bug a line: what is wrong, where, and which checks show it."""
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for name, result in told.items():
+        reasons = _reasons(known[name].expected)
         for check in audits.found(result, "fail", "expected-fail"):
-            why = reasons[name].get(check["id"], "**not looked into yet**")
-            failing.setdefault(check["id"], {}).setdefault(why, []).append(name)
-    for id, by_reason in sorted(failing.items()):
-        lines += [f"| `{id}` | {', '.join(names)} | {why} |" for why, names in by_reason.items()]
+            checks, subjects = found.setdefault(reasons.get(check["id"], "**not looked into yet**"), ({}, {}))
+            checks[f"`{check['id']}`"] = subjects[name] = None
+    lines = ["| what is wrong | in | shown by |", "|---|---|---|"]
+    for why, (checks, subjects) in found.items():
+        lines.append(f"| {why} | {', '.join(subjects)} | {', '.join(checks)} |")
     return lines
 
 

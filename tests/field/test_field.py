@@ -163,7 +163,7 @@ def test_the_page_names_a_failure_that_nobody_looked_into(result, tmp_path, monk
     monkeypatch.setattr(history, "RESULT", tmp_path / "none.json")
     audits.keep(MINIATURE, result)
     text = page.page({"mini": MINIATURE}, [])
-    assert "| `LOSS-REWARDS` | mini | **not looked into yet** |" in text
+    assert "| **not looked into yet** | mini | `LOSS-REWARDS` |" in text
     assert "| `LOSS-VALUE` | ✔ |" in text
 
 

@@ -206,6 +206,7 @@ def flip(file: Path) -> None:
 def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="reference_impl")  # the command line sets it for its whole process
     whole = run(tmp_path)
     DAMAGE[kind](whole.checkpoints[6])
     with pytest.raises(CheckpointError, match="cannot be continued from"):

@@ -167,6 +167,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_cache_is_made_again_never_used(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="reference_impl")  # the command line sets it for its whole process
     settings = {"reference_logps": "precomputed", "reference_cache": str(tmp_path)}
     expected = run(gpt2(0), pairs(7), reference=gpt2(1), **settings)
     folder = cached(tmp_path)[0]

@@ -122,8 +122,8 @@ FAULTS: dict[str, Fault] = {
     "EOS not scored": fault(
         "logps.collate", "len(prompt) - 1 : length - 1", "len(prompt) - 1 : length - 2", "RUN-GRADIENT", train=True),
     "last prompt token scored": fault(
-        "logps.collate", "len(prompt) - 1 : length - 1", "max(0, len(prompt) - 2) : length - 1", "RUN-GRADIENT",
-        train=True),
+        "logps.collate", "len(prompt) - 1 : length - 1", "max(0, len(prompt) - 2) : length - 1", "METRIC-LOGPS",
+        train=True),  # it is scored in both completions and cancels in the gradient
     "targets not shifted": fault(
         "logps.chunked_row_logps", "batch.input_ids[:, 1:]", "batch.input_ids[:, :-1]", "LOGP-VALUE"),
     "last position of a chunk lost": fault(

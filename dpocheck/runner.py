@@ -27,6 +27,7 @@ from dpocheck.result import Header, Report, Result
 from dpocheck.session import Session
 from dpocheck.subject import Subject
 from dpocheck.tolerances import bound
+from dpocheck.transports import against_ranks
 
 __all__ = ["Options", "Progress", "UsageError", "planned", "run"]
 
@@ -193,12 +194,12 @@ def header(subject: Subject, options: Options) -> Header:
         precision=max(seen) if seen else None, seed=options.seed, tier=options.tier,
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         versions=about.get("versions") or {}, adapter_lines=about.get("lines"), stubs=tuple(about.get("stubs") or ()),
-        blind=blind_spots(subject),
+        blind=blind_spots(subject, options.tier),
     )  # fmt: skip
 
 
-def blind_spots(subject: Subject) -> tuple[str, ...]:
-    """What this route cannot see, in words."""
+def blind_spots(subject: Subject, tier: str) -> tuple[str, ...]:
+    """What this route cannot see in this tier, in words."""
     found = []
     if "train" not in subject.capabilities:
         found.append("rows, tokens, the optimizer, accumulation, metrics and runs: the subject has no `train`")
@@ -208,4 +209,6 @@ def blind_spots(subject: Subject) -> tuple[str, ...]:
         found.append("left padding and masks of the caller's making")
     if subject.transport.about.get("form") == "command line":
         found.append("what the live models went through (grad mode, dropout drawn): only files are seen")
+    if tier == "quick" and "train" in subject.capabilities and not against_ranks(subject.transport):
+        found.append("training on several processes: `--tier full` starts them")
     return tuple(found)

@@ -102,8 +102,8 @@ def specimen(zoo: Zoo, name: str, check: Check, only: str | None = None) -> Line
 
 
 def catalogue() -> list[Check]:
-    """The quick checks that the zoo is put to: those with scenes.  The chapter on a user's own tokenizer has none."""
-    return [check for check in runner.select(runner.Options(subject="zoo")) if check.staged(PAPER)]
+    """The checks that the zoo is put to: those with scenes.  The chapter on a user's own tokenizer has none."""
+    return [check for check in runner.select(runner.Options(subject="zoo", tier="full")) if check.staged(PAPER)]
 
 
 def declared_check(name: str) -> Check:
@@ -170,7 +170,7 @@ def rank(theory: Theory, best: list[diagnose.Ranked], doctor: diagnose.Diagnosti
 
 
 def variant(zoo: Zoo, name: str) -> list[Line]:
-    """One variant against the whole quick catalogue: it must pass everything that applies."""
+    """One variant against the whole catalogue, quick scenes: it must pass everything that applies."""
     subject = zoo.subject(name)
     if trouble := smoke.test(subject):
         return [Line(name, "smoke", "error", False, trouble)]

@@ -2,7 +2,8 @@
 
 The runs are started as torchrun starts them, N times the same program, on pairs that each own their tokens: what every
 pair weighs in the step is read from its own logits, whichever rank it was on.  `batch` is of one process, so that the
-prediction is that of one process with N times the batch.
+prediction is that of one process with N times the batch.  Every process imports its trainer anew, so the chapter is
+of the full tier.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _splits(theory: Theory) -> list:
 
 
 @check(
-    "RANKS-SPLIT", chapter="ranks", stage="step", level="must", needs={"train.gradient"}, scenes=_splits,
+    "RANKS-SPLIT", chapter="ranks", stage="step", level="must", tier="full", needs={"train.gradient"}, scenes=_splits,
     rivals=(PAPER.but(gradient_scale=2.0), PAPER.but(gradient_scale=0.5)),
     claim="A step on N processes is the step of one process on the same global batch.", source=MEAN,
     covers=("DP-EQ", "RUN-DDP", "RUN-FSDP"),
@@ -75,8 +76,8 @@ def split(case: Case) -> Comparison:
 
 
 @check(
-    "RANKS-WEIGHTS", judges="same", chapter="ranks", stage="step", level="must", needs={"train.spies.ranks"},
-    scenes=_even, claim="Every process ends with the same weights.",
+    "RANKS-WEIGHTS", judges="same", chapter="ranks", stage="step", level="must", tier="full",
+    needs={"train.spies.ranks"}, scenes=_even, claim="Every process ends with the same weights.",
     source="data parallelism: replicas start from the same weights and take the same steps", covers=("DP-EQ",),
     why="Ranks that drift apart train several models, of which one is saved.",
     bug="Gradients reduced to the first rank instead of to all.",
@@ -93,8 +94,8 @@ def same_weights(case: Case) -> Comparison:
 
 
 @check(
-    "RANKS-REFERENCE", judges="frozen", chapter="ranks", stage="reference", level="must", needs={"train.spies.ranks"},
-    scenes=_even,
+    "RANKS-REFERENCE", judges="frozen", chapter="ranks", stage="reference", level="must", tier="full",
+    needs={"train.spies.ranks"}, scenes=_even,
     claim="The reference's parameters and buffers are the same bits after training as before, on every process.",
     source="Rafailov et al. 2023, section 4: pi_ref is fixed", covers=("REF-FROZEN",),
     why="The pairs of one rank are compared with another model than those of the rest.",
@@ -135,7 +136,7 @@ def _last_step(theory: Theory) -> list:
 
 
 @check(
-    "RANKS-PAIRS", chapter="ranks", stage="step", level="must", needs={"train.logits"}, scenes=_last_step,
+    "RANKS-PAIRS", chapter="ranks", stage="step", level="must", tier="full", needs={"train.logits"}, scenes=_last_step,
     claim="In a batch that does not fill all processes no pair is lost or counted twice, and all weigh the same, save "
     "what the documentation says.",
     source=MEAN + "; the trainer's documentation", covers=("DP-EQ", "RUN-COVERAGE"), says="uneven_ranks",
@@ -195,7 +196,8 @@ def _logged(theory: Theory) -> list:
 
 
 @check(
-    "RANKS-METRICS", chapter="ranks", stage="metrics", level="must", needs={"train.history.loss"}, scenes=_logged,
+    "RANKS-METRICS", chapter="ranks", stage="metrics", level="must", tier="full",
+    needs={"train.history.loss"}, scenes=_logged,
     claim="What is logged of a step is the mean over the pairs of all processes.", source=MEAN, covers=("MET-AGG",),
     why="The curve that people look at shows one GPU's share of the data.",
     bug="TRL until 0.14 logged the first rank's rewards.", fix="Gather the per-pair values of all ranks, then average.",
@@ -205,7 +207,8 @@ def metrics(case: Case) -> Comparison:
 
 
 @check(
-    "RANKS-EVALUATION", chapter="ranks", stage="metrics", level="must", needs={"train.history.loss"}, scenes=_uneven,
+    "RANKS-EVALUATION", chapter="ranks", stage="metrics", level="must", tier="full",
+    needs={"train.history.loss"}, scenes=_uneven,
     claim="Metrics of a held-out set are means over its pairs, each counted once, though the processes have unequal "
     "numbers of them.", source="the mean of a set is over its members", covers=("MET-AGG",),
     why="Rows that only fill the last batch change the number by which models are chosen.",
@@ -230,7 +233,7 @@ def _precomputed(theory: Theory) -> list:
 
 
 @check(
-    "RANKS-PRECOMPUTED", chapter="ranks", stage="step", level="must", needs={"train.gradient"},
+    "RANKS-PRECOMPUTED", chapter="ranks", stage="step", level="must", tier="full", needs={"train.gradient"},
     scenes=_precomputed, rivals=(PAPER.but(reference="rolled"), PAPER.but(reference="policy-live")),
     claim="Reference log-probs computed on N processes and kept equal those computed online.",
     source="Rafailov et al. 2023, section 4: pi_ref is fixed", covers=("REF-CACHE-EQ", "REF-CACHE-ALIGN"),

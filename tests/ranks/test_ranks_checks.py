@@ -204,4 +204,5 @@ def test_the_chapter_is_not_applicable_where_nobody_says_that_the_trainer_runs_i
     subject.transport.about["ranks"] = False
     result = selftest.session(subject).result(CHECKS["RANKS-SPLIT"])
     assert (result.verdict, "ranks = True" in result.reason) == ("not-applicable", True)
-    assert runner.wants(runner.Options(subject="zoo"), CHECKS["RANKS-SPLIT"])
+    assert runner.wants(runner.Options(subject="zoo", tier="full"), CHECKS["RANKS-SPLIT"])
+    assert not runner.wants(runner.Options(subject="zoo"), CHECKS["RANKS-SPLIT"])  # N imports of the trainer

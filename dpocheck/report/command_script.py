@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpocheck.experiment import TrainExperiment
-from dpocheck.report.literal import literal
+from dpocheck.literal import literal
 
 if TYPE_CHECKING:
     from dpocheck.command import CommandSubject

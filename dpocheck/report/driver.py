@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from dpocheck.report import trace
+from dpocheck.report import calls
 from dpocheck.report.render import render
 
 OURS = ("dpocheck.adapter", "dpocheck.huggingface")  # what adapters import of dpocheck
@@ -57,8 +57,8 @@ def followed(answer: dict[str, Any]) -> Trainer | None:
     """The calls that the adapter makes of its library, one `train` for all runs where they differ in settings only."""
     if not (traces := answer.get("traces")):
         return None
-    if (one := trace.merged(traces)) is None:
-        return hooked(answer | {"train": [trace.function(each) for each in traces]})
+    if (one := calls.merged(traces)) is None:
+        return hooked(answer | {"train": [calls.function(each) for each in traces]})
     text, own = one
     last = ", **run[\"options\"]" if any(own) else ""
     glue = GLUE + f'    return train(policy, reference, policy, rows["train"], held_out, out{last})'

@@ -9,9 +9,9 @@ import numpy as np
 
 from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment
 from dpocheck.functions.parameters import FOUR
+from dpocheck.literal import literal
 from dpocheck.probes import tables
 from dpocheck.report.front import conventions, front
-from dpocheck.report.literal import literal
 from dpocheck.report.render import render
 from dpocheck.report.words import line
 from dpocheck.result import Report, Result

@@ -7,11 +7,11 @@ import textwrap
 from typing import Any
 
 from dpocheck.experiment import Recipe, Sequence, TrainExperiment, to_plain
+from dpocheck.literal import literal
 from dpocheck.probes import tables, tokenizers
 from dpocheck.report import judged
 from dpocheck.report.driver import Trainer, followed, hooked, pasted
 from dpocheck.report.front import WIDTH, front
-from dpocheck.report.literal import literal
 from dpocheck.report.render import render
 from dpocheck.report.words import line
 from dpocheck.result import Report, Result

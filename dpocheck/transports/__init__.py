@@ -82,11 +82,11 @@ class InProcess(Transport):
     isolation = "none"
 
     def __init__(self, adapter: Any) -> None:
-        from dpocheck.worker import answer
+        from dpocheck.worker import requests
 
-        self.handle: Callable[..., Reply] = answer.handle
+        self.handle: Callable[..., Reply] = requests.handle
         self.state = {"adapter": adapter}
-        self.about = answer.describe(adapter)
+        self.about = requests.describe(adapter)
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:
         from dpocheck.adapter import Unsupported

@@ -30,7 +30,7 @@ __all__ = ["Limits", "SubjectError", "Worker", "WorkerDied", "WorkerTimeout"]
 TICK = 0.05  # seconds between two looks at a silent worker
 GRACE = 2.0  # seconds for a process whose channel closed to end by itself
 LOST_CHANNEL = 70  # the exit code of worker/main.py for that
-HANDLER = "dpocheck.worker.answer:handle"
+HANDLER = "dpocheck.worker.requests:handle"
 HERE = Path(__file__).resolve().parents[1]
 
 # Loads this very package under its name, in an interpreter that may lack it, and leaves sys.path alone: the folder

@@ -1,22 +1,20 @@
 """How does an adapter answer an experiment?  The worker's side of every observation.
 
-`handle` is what the worker calls for each request.  It builds the tensors or models of the experiment, calls one
-method of the adapter, and reduces what comes back to numbers.  It judges nothing.  Torch is imported only where a
-capability needs it, so that trainers of other frameworks are driven by the same file.
+`observe` builds the tensors or models of the experiment, calls one method of the adapter, and reduces what comes back
+to numbers.  It judges nothing.  Torch is imported only where a capability needs it, so that trainers of other
+frameworks are driven by the same file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpocheck.adapter import LossOut, PairBatch, Probe, Says, StepOut, TokenBatch, TrainOut, capabilities
+from dpocheck.adapter import LossOut, PairBatch, Probe, StepOut, TokenBatch, TrainOut
 from dpocheck.experiment import (
     Experiment,
     LogpExperiment,
@@ -24,92 +22,12 @@ from dpocheck.experiment import (
     StepExperiment,
     TextExperiment,
     TrainExperiment,
-    from_plain,
 )  # fmt: skip
 from dpocheck.probes import tables
 from dpocheck.worker import ranks
+from dpocheck.worker.failure import BadAnswer, kind_of
 
 Reply = tuple[dict[str, Any], dict[str, np.ndarray]]
-
-
-class BadAnswer(Exception):
-    """The adapter answered with something that its contract does not allow; addressed to the adapter's author."""
-
-
-def handle(op: str, payload: dict[str, Any], arrays: dict[str, np.ndarray], state: dict[str, Any]) -> Reply:
-    """Answer one request: `open` loads the subject, `observe` puts an experiment to it, `standalone` asks what a
-    script for a bug report needs."""
-    if op not in ("open", "observe", "standalone"):
-        raise ValueError(f"unknown request {op!r}; known: open, observe, standalone")
-    if state.get("loaded") != payload["subject"]:  # the first request, the first after a death, or another subject
-        from dpocheck.worker.loading import load
-
-        state.update(loaded=payload["subject"], adapter=load(payload["subject"]))
-    if op == "open":
-        return describe(state["adapter"]), {}
-    if op == "standalone":
-        from dpocheck.worker.standalone import answer
-
-        return answer(state["adapter"], payload), {}
-    return observe(state["adapter"], from_plain(payload["experiment"]), payload)
-
-
-def describe(adapter: Any) -> dict[str, Any]:
-    """What the header of a report says about an adapter."""
-    says = getattr(adapter, "says", None) or Says()
-    if not isinstance(says, Says | Mapping):
-        raise BadAnswer(f"the adapter's `says` is {_kind(says)}; expected dpocheck.adapter.Says(...)")
-    return {
-        "capabilities": list(capabilities(adapter)),
-        "says": asdict(says) if is_dataclass(says) else dict(says),
-        "name": getattr(adapter, "name", type(adapter).__name__),
-        "version": getattr(adapter, "version", None) or installed(getattr(adapter, "package", None)),
-        "versions": versions(getattr(adapter, "package", None)),
-        "forced": {str(key): repr(value) for key, value in dict(getattr(adapter, "forced", {})).items()},
-        "only": dict(getattr(adapter, "only", {})),
-        "ranks": bool(getattr(adapter, "ranks", False)),
-        "keeps_group": bool(getattr(adapter, "keeps_group", False)),
-        "form": getattr(adapter, "form", "adapter"),
-        "lines": code_lines(type(adapter)) if getattr(adapter, "lines", None) is None else adapter.lines,
-        "standalone": callable(getattr(adapter, "standalone", None)),
-    }
-
-
-def installed(package: str | None) -> str | None:
-    """The version of an installed package."""
-    if not package:
-        return None
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def versions(package: str | None) -> dict[str, str]:
-    """Of the trainer's package and of what a run may depend on, as installed beside it; nothing is imported."""
-    names = (package, "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "safetensors", "numpy")
-    return {name: found for name in names if name and (found := installed(name))}
-
-
-def code_lines(cls: type) -> int | None:
-    """The lines of code of an adapter's class: no blank lines, comments or docstrings."""
-    import ast
-    import inspect
-    import textwrap
-
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError):
-        return None
-    quoted: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            quoted.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    lines = enumerate(source.splitlines(), start=1)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in quoted for n, line in lines)
 
 
 def observe(adapter: Any, experiment: Experiment | TextExperiment, payload: dict[str, Any]) -> Reply:
@@ -173,7 +91,7 @@ def _tensor(value: Any, what: str, pairs: int) -> Any:
     import torch
 
     if not torch.is_tensor(value):
-        raise BadAnswer(f"{what}() returned {_kind(value)}; expected a tensor of shape ({pairs},) or a scalar tensor")
+        raise BadAnswer(f"{what}() returned {kind_of(value)}; expected a tensor of shape ({pairs},) or a scalar tensor")
     if value.device.type != "cpu":
         raise BadAnswer(f"{what}() returned a tensor on {value.device}; its arguments were on the CPU")
     if value.shape == (pairs, 1):
@@ -181,11 +99,6 @@ def _tensor(value: Any, what: str, pairs: int) -> Any:
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != pairs):
         raise BadAnswer(f"{what}() returned shape {tuple(value.shape)}; expected ({pairs},) or a scalar")
     return value
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return "None" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _numpy(tensor: Any) -> np.ndarray:
@@ -310,7 +223,7 @@ def _train(adapter: Any, experiment: TrainExperiment, payload: dict[str, Any]) -
     if ranks.is_silent(out, payload):
         return {"spies": watched.told(), "in_group": ranks.in_group()}, {}
     if not isinstance(out, TrainOut):
-        raise BadAnswer(f"train() returned {_kind(out)}; expected a TrainOut(policy=..., history=...)")
+        raise BadAnswer(f"train() returned {kind_of(out)}; expected a TrainOut(policy=..., history=...)")
     reply, arrays = watched.reply(out)
     return reply | {"in_group": ranks.in_group()}, arrays
 

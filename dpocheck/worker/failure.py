@@ -10,7 +10,7 @@ from typing import Any
 
 from dpocheck.adapter import Unsupported
 
-__all__ = ["describe", "headline"]
+__all__ = ["BadAnswer", "describe", "headline", "kind_of"]
 
 MESSAGE = 20_000  # characters kept of a message
 FRAMES = 25  # kept at each end of a long traceback
@@ -19,6 +19,16 @@ LOADED = "dpocheck_subject_"  # the name under which a subject's file is importe
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # this package
 _OURS_AS_SUBJECT = tuple(os.path.join(_HERE, name) for name in ("miniature", "zoo" + os.sep))
+
+
+class BadAnswer(Exception):
+    """The adapter answered with something that its contract does not allow; addressed to the adapter's author."""
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value with its article, for a complaint: "a list", "None"."""
+    name = type(value).__name__
+    return "None" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def describe(raised: BaseException, subject: str, state: dict[str, Any]) -> dict[str, Any]:

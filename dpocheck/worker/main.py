@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--life", type=int, required=True, help="a pipe that ends when the judge does")
     parser.add_argument("--subject", required=True)
     parser.add_argument("--folder", required=True)
-    parser.add_argument("--handler", default="dpocheck.worker.answer:handle")
+    parser.add_argument("--handler", default="dpocheck.worker.requests:handle")
     parser.add_argument("--memory", type=int, default=0, help="bytes of address space; 0: no limit")
     parser.add_argument("--append-path", default="", help="a folder to search for modules last")
     options = parser.parse_args(argv)

@@ -15,6 +15,8 @@ from typing import Any
 
 from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, StepExperiment
 from dpocheck.functions.batches import Batch
+from dpocheck.probes.handed import checkpoints, request
+from dpocheck.worker import answer
 
 FORMS = {LossExperiment: "loss", LogpExperiment: "sequence_logps", StepExperiment: "step"}
 NUMBERS = 600  # of a tensor that is still written out
@@ -87,9 +89,6 @@ def watch(value: Any) -> Any:
 
 
 def _ask(adapter: Any, experiment: Experiment) -> None:
-    from dpocheck.probes.handed import checkpoints, request
-    from dpocheck.worker import answer
-
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         place = Path(folder)
         answer.observe(adapter, experiment, request(experiment, checkpoints(experiment, place), place / "run"))

@@ -11,6 +11,8 @@ import inspect
 from typing import Any
 
 from dpocheck.experiment import from_plain
+from dpocheck.worker.recorded import recorded
+from dpocheck.worker.trace import traced
 
 
 def answer(adapter: Any, question: dict[str, Any]) -> dict[str, Any]:
@@ -20,8 +22,6 @@ def answer(adapter: Any, question: dict[str, Any]) -> dict[str, Any]:
     to know of each recipe's run.
     """
     if question["experiments"]:
-        from dpocheck.worker.recorded import recorded
-
         return {"calls": [recorded(adapter, experiment) for experiment in from_plain(question["experiments"])]}
     package = getattr(adapter, "package", None)
     if callable(hook := getattr(adapter, "standalone", None)):
@@ -39,8 +39,6 @@ def answer(adapter: Any, question: dict[str, Any]) -> dict[str, Any]:
 
 def _traces(adapter: Any, question: dict[str, Any]) -> list[Any]:
     """The calls of each recipe's run; none at all where one cannot be followed."""
-    from dpocheck.report.trace import traced
-
     traces: list[Any] = []
     for recipe, run in zip(question["recipes"], question["asked"], strict=False):
         if (trace := traced(adapter, run, from_plain(recipe))) is None:

@@ -10,6 +10,7 @@ import numpy as np
 from dpocheck.adapter import TrainOut, Unsupported
 from dpocheck.experiment import TrainExperiment
 from dpocheck.probes import live, tables
+from dpocheck.worker.failure import BadAnswer
 
 
 class TrainingProbe:
@@ -79,8 +80,6 @@ class TrainingProbe:
             old = self.start.get(name)
             if old is not None and array.shape != old.shape:
                 if array.shape[1:] != old.shape[1:] or len(array) < len(old):
-                    from dpocheck.worker.answer import BadAnswer
-
                     raise BadAnswer(
                         f"train() returned a policy whose {name} has shape {array.shape}; the checkpoint's has "
                         f"{old.shape}: return the model that was handed over, or one of its shape"
@@ -94,8 +93,6 @@ class TrainingProbe:
         if isinstance(policy, str | Path):
             return tables.read_state(Path(policy))
         if not callable(getattr(policy, "state_dict", None)):
-            from dpocheck.worker.answer import BadAnswer
-
             raise BadAnswer(
                 f"train() returned a TrainOut whose policy is of type {type(policy).__name__}; "
                 "expected the trained model, or the folder it was saved in"

@@ -1,4 +1,4 @@
-"""Puts experiments to functions through `dpocheck.worker.answer`, and the numbers they should give, by plain loops."""
+"""Puts experiments to functions as the worker does, and the numbers they should give, by plain loops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from dpocheck.experiment import LogpExperiment, LossExperiment, StepExperiment, to_plain
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.worker import answer
+from dpocheck.worker import requests
 
 SUBJECTS = Path(__file__).parent / "subjects"
 
@@ -21,11 +21,11 @@ def ask(subject: str, experiment: Any, folder: Path | None = None) -> dict[str, 
     path = place if place.endswith(".py") else str(SUBJECTS / f"{place}.py")
     state: dict[str, Any] = {}
     known = {"subject": f"{path}:{name}" if name else path}
-    opened, _ = answer.handle("open", known, {}, state)
+    opened, _ = requests.handle("open", known, {}, state)
     payload = known | {"experiment": to_plain(experiment)}
     if not isinstance(experiment, LossExperiment):
         payload |= checkpoints(experiment, folder)
-    reply, arrays = answer.handle("observe", payload, {}, state)
+    reply, arrays = requests.handle("observe", payload, {}, state)
     return opened | reply | reply.get("fields", {}) | arrays
 
 

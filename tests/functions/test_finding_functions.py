@@ -13,7 +13,7 @@ from dpocheck.functions import as_adapter, find
 from dpocheck.functions.find import candidates, recognise
 from dpocheck.functions.parameters import NotRecognised
 from dpocheck.worker import loading
-from dpocheck.worker.answer import BadAnswer
+from dpocheck.worker.failure import BadAnswer
 
 AWKWARD = SUBJECTS / "awkward.py"
 TWO = LossExperiment((-1.0, -2.0), (-2.0, -3.5), (-1.5, -2.0), (-1.0, -3.0), Objective(beta=0.5))

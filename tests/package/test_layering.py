@@ -16,8 +16,8 @@ STDLIB = sys.stdlib_module_names
 FRAMEWORKS = {"torch", "transformers"}
 
 # Beside the audited trainer, in its environment.
-WORKER = ("worker.main", "worker.answer", "worker.loading", "worker.spies", "worker.training_probe", "worker.watched",
-          "adapter", "experiment", "wire")  # fmt: skip
+WORKER = ("worker.main", "worker.requests", "worker.answer", "worker.loading", "worker.spies",
+          "worker.training_probe", "worker.watched", "adapter", "experiment", "wire")  # fmt: skip
 LIGHT = {"numpy", "safetensors"}
 # Modules of that side that may load a framework, inside functions only.
 LIVE = {

@@ -12,8 +12,9 @@ from dpocheck import checks  # noqa: F401  (declares them)
 from dpocheck.adapter import TrainOut
 from dpocheck.experiment import Body, Recipe, Row, Sequence, Table, TrainExperiment
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.report import judged, trace
+from dpocheck.report import calls, judged
 from dpocheck.report.train_script import train_script
+from dpocheck.worker import trace
 
 WORDS = plain_words(16)
 POLICY = Table(16, 0.0, ((0, 1, 1.0), (1, 14, 3.0), (2, 14, 3.0)))
@@ -157,7 +158,7 @@ ASKED = {"reference": True, "sets": [], "on_disk": False}
 
 
 def test_calls_are_followed_without_what_is_default(library):
-    text = trace.function(trace.traced(Adapter(), ASKED, Recipe(learning_rate=0.5, batch=2)))
+    text = calls.function(trace.traced(Adapter(), ASKED, Recipe(learning_rate=0.5, batch=2)))
     assert text.split("\n\n") == [
         "def train(policy_folder, reference_folder, tokenizer_folder, rows, eval_rows, out):\n"
         "    from toylib import ToyConfig, ToyTrainer",
@@ -171,7 +172,7 @@ def test_calls_are_followed_without_what_is_default(library):
 
 def test_runs_that_differ_in_one_setting_share_their_text(library):
     runs = [trace.traced(Adapter(), ASKED, Recipe(batch=batch)) for batch in (2, 4)]
-    text, own = trace.merged(runs)
+    text, own = calls.merged(runs)
     assert own == [{"batch": "2"}, {"batch": "4"}]
     assert "**options" in text.splitlines()[0]
     assert "batch" not in text

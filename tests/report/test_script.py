@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dpocheck.experiment import Body, Objective, Recipe, Row, Sequence, Table, Template, Tokenizer, TrainExperiment
+from dpocheck.literal import literal
 from dpocheck.probes import tables
 from dpocheck.probes.tokenizers import plain_words
-from dpocheck.report.literal import literal
 from dpocheck.report.script import whole_runs, writer
 from dpocheck.report.train_script import train_script, translated
 from dpocheck.transports.isolated import SubjectError, Worker

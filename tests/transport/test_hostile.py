@@ -245,7 +245,7 @@ def test_an_error_says_whose_frame_raised(worker_of, tmp_path):
             from dpocheck.experiment import from_plain
             from_plain({"type": "nonsense"})
         def complaint(payload, arrays):
-            from dpocheck.worker.answer import BadAnswer
+            from dpocheck.worker.failure import BadAnswer
             raise BadAnswer("loss() returned None")
         """
     )

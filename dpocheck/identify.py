@@ -78,8 +78,17 @@ def gradients(subject: Subject) -> list[str]:
             continue
         seen, due = (getattr(one, "gradient", None) for one in (subject.observe(experiment), predict(experiment)))
         if seen is not None and due is not None:
-            found.append(f"{float(np.sum(seen * due) / np.sum(due * due)):.3f} of it {name}")
+            found.append(f"{against(seen, due)} {name}")
     return [f"gradient: {', '.join(found)}"] if found else []
+
+
+def against(seen: np.ndarray, due: np.ndarray) -> str:
+    """A gradient as a multiple of the one that is due; where it points elsewhere no factor describes it."""
+    size = float(np.linalg.norm(seen) * np.linalg.norm(due))
+    cosine = float(np.sum(seen * due)) / size if size else 1.0
+    if abs(cosine) < 1 - NEAR**2 / 2:  # further than NEAR off the line
+        return f"in another direction (cosine {cosine:.3f})"
+    return f"{float(np.sum(seen * due) / np.sum(due * due)):.3f} of it"
 
 
 def around(subject: Subject) -> list[str]:

@@ -118,13 +118,14 @@ def _header(report: Report) -> Iterable[object]:
     parts = [f"auditing {name} through {line(header.route)}"]
     if header.adapter_lines:
         parts.append(f"adapter {header.adapter_lines} lines")
-    parts += [f"{name} {line(header.versions[name])}" for name in ("torch", "transformers") if name in header.versions]
-    if header.precision:
-        parts.append(f"precision {number(header.precision, 2)}")
     parts += [f"tier {header.tier}", f"seed {header.seed}"]
     if header.isolation == "none":
         parts.append("isolation: none")
     yield Text("   ".join(parts), "bold")
+    beside = [f"{name} {line(header.versions[name])}" for name in ("torch", "transformers") if name in header.versions]
+    beside += [f"precision {number(header.precision, 2)}"] if header.precision else []
+    if beside:
+        yield _wrapped("with: ", ", ".join(beside))
     if header.forced:
         settings = ", ".join(f"{line(name)}={line(value)}" for name, value in header.forced.items())
         said = "forced by the adapter, not what people run: " if header.adapter_lines != 0 else "audited as: "

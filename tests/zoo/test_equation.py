@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dpocheck import identify, selftest
@@ -52,3 +53,11 @@ def test_what_is_otherwise_is_told(zoo, name, line):
 def test_what_was_not_run_is_left_out(zoo):
     found = lines(zoo, "two-forwards", ("LOSS-ARGUMENTS",))
     assert [line.split(":")[0] for line in found[1:]] == ["lp, rf", "rows"]
+
+
+def test_a_factor_describes_a_gradient_only_along_the_one_that_is_due():
+    due = np.array([[3.0, 0.0], [0.0, 4.0]])
+    assert identify.against(due / 2, due) == "0.500 of it"
+    assert identify.against(-due, due) == "-1.000 of it"
+    assert identify.against(due + 1e-3, due) == "1.000 of it"  # 2e-4 off the line
+    assert identify.against(np.array([[3.0, 0.0], [0.0, 0.0]]), due) == "in another direction (cosine 0.600)"

@@ -41,7 +41,8 @@ def stored(trainer: Trainer) -> dict[str, Any] | None:
 def print_of(trainer: Trainer) -> str:
     """Of all that a result depends on: the toolkit, how the trainer is driven, and what is installed."""
     total = hashlib.sha256()
-    for path in [*sorted((ROOT / "dpocheck").rglob("*.py")), trainer.driver]:
+    drivers = sorted(trainer.driver.parent.glob(f"{trainer.driver.stem}*"))  # an adapter's helpers are named after it
+    for path in [*sorted((ROOT / "dpocheck").rglob("*.py")), *drivers]:
         total.update(path.read_bytes() if path.is_file() else b"")
     told = [trainer.requirements, trainer.bare, trainer.torch, trainer.options, dict(trainer.environment)]
     total.update(json.dumps(told).encode())

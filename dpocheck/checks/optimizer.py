@@ -38,7 +38,14 @@ def _scheduled(theory: Theory) -> list:
     fix="Advance the schedule once per optimizer step; its length is the number of optimizer steps.",
 )  # fmt: skip
 def schedule(case: Case) -> Comparison:
-    return worst([agree(case, "logits"), _logged_rate(case)])
+    """How a warm-up starts is a convention, asked with a constant rate after it.  A trainer without that is not asked,
+    so that the theory says what it says of all; then each of the convention's answers is allowed."""
+    starts = ("full", "zero", "shifted") if case.theory.first_rate == PAPER.first_rate else (case.theory.first_rate,)
+    told = []
+    for start in starts:
+        one = replace(case, theory=case.theory.but(first_rate=start))
+        told.append(worst([agree(one, "logits"), _logged_rate(one)]))
+    return next((one for one in told if one.verdict == "pass"), told[0])
 
 
 def _logged_rate(case: Case) -> Comparison:

@@ -74,6 +74,13 @@ def blocks_all(check: Check, family: str) -> bool:
     return plainest and family in BASIC
 
 
+def apart(check: Check, failed: Check, capabilities: Iterable[str]) -> bool:
+    """Whether a failure says nothing of a check: log-probs that a function of their own computes are not made of the
+    loss, which is another."""
+    own = {"loss", "sequence_logps"} <= set(capabilities)
+    return own and check.chapter == "logps" and failed.chapter in ("loss", "logz")
+
+
 def families(family: str) -> tuple[str, ...]:
     """The family and those that it is made of: what failed in one of them blocks it."""
     return family, *MADE_OF.get(family, ())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpocheck import fixed, order
-from dpocheck.check import Case, Check, Comparison, Scene
+from dpocheck.check import CHECKS, Case, Check, Comparison, Scene
 from dpocheck.draw import draw, joined
 from dpocheck.experiment import Experiment, LogpExperiment, LossExperiment, Sequence, StepExperiment, TrainExperiment
 from dpocheck.observation import Seen
@@ -57,7 +57,7 @@ class Session:
         self.tier, self.blocking = tier, blocking
         self.seed, self.shrink, self.known = seed, shrink, frozenset(known)
         self.chosen: dict[str, tuple[Scene, ...]] | None = None  # check -> scenes, where only some are run
-        self.failed: dict[str, str] = {}  # scene family -> the check that failed first
+        self.failed: dict[str, list[str]] = {}  # scene family -> the checks that failed
         self.told: set[str] = set()  # changes of the subject's process that a check has reported
         self.seen: dict[str, list[tuple[Experiment, Seen]]] = {}  # check -> what was observed in its scenes
 
@@ -80,13 +80,20 @@ class Session:
         if words and told not in found:
             told = replace(told, comparison=replace(told.comparison, reason=joined(told.comparison.reason, words)))
         if told.comparison.verdict == "fail" and check.level == "must" and check.id not in self.known:
-            self.failed.setdefault(told.scene.family, check.id)
+            self.failed.setdefault(told.scene.family, []).append(check.id)
             if order.blocks_all(check, told.scene.family):
-                self.failed.setdefault(EVERY, check.id)
+                self.failed.setdefault(EVERY, []).append(check.id)
         self.seen[check.id] = [
             pair for each in outcomes for pair in zip(each.scene.experiments, each.observed, strict=False)
         ]
         return report(check, told, time.perf_counter() - began)
+
+    def blocker(self, check: Check, scene: Scene) -> str | None:
+        """The check that failed and of which this one is made."""
+        made_of = (EVERY, *order.families(scene.family))
+        failed = (id for family in made_of for id in self.failed.get(family, ()))
+        able = self.subject.capabilities
+        return next((id for id in failed if not order.apart(check, CHECKS[id], able)), None)
 
     def drawn(self, check: Check, outcomes: list[Outcome]) -> tuple[list[Outcome], str]:
         """What drawn experiments add, in the full tier, and how many there were, in words.
@@ -116,9 +123,7 @@ class Session:
         for experiment in scene.experiments:
             if reason := self.subject.cannot(experiment):
                 return Outcome(Comparison("not-applicable", reason=reason), scene)
-        made_of = (EVERY, *order.families(scene.family))
-        blocker = next((self.failed[family] for family in made_of if family in self.failed), None)
-        if self.blocking and blocker:
+        if self.blocking and (blocker := self.blocker(check, scene)):
             return Outcome(Comparison("blocked", reason=f"{blocker} failed before"), scene, blocked_by=blocker)
         observed = []
         for experiment in scene.experiments:

@@ -54,3 +54,10 @@ def test_one_fault_gives_one_failure_where_it_is_plainest(change, expected):
     checks = [c for c in order.ordered(selftest.catalogue(), CAPABILITIES) if c.id not in obedient.LEFT_OUT]
     failed = [check.id for check in checks if run.result(check).verdict == "fail"]
     assert failed == [expected]
+
+
+def test_a_loss_and_log_probs_that_are_functions_of_their_own_do_not_hide_each_other():
+    subject = obedient.Obedient(PAPER.but(beta_power=2.0, counted="prompt"))
+    run = Session(subject, runner.cached_predict, runner.cached_bound)
+    checks = [c for c in order.ordered(selftest.catalogue(), CAPABILITIES) if c.chapter in ("loss", "logz", "logps")]
+    assert [check.id for check in checks if run.result(check).verdict == "fail"] == ["LOSS-VALUE", "LOGP-TOKENS"]

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         page.PAGE.write_text(page.page(known, pairs), encoding="utf-8")
         return 0
     if not options.names and not options.again:
-        picked = [t for t in picked if (audits.stored(t) or {}).get("print") != audits.print_of(t)]
+        picked = [t for t in picked if not audits.up_to_date(t)]
     return run(picked, options)
 
 

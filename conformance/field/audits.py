@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conformance.field import environments
+from conformance.field import environments, locks
 from conformance.field.subjects import ROOT, Trainer
 
 RESULTS = ROOT / "conformance" / "results"
@@ -47,6 +47,14 @@ def print_of(trainer: Trainer) -> str:
     told = [trainer.requirements, trainer.bare, trainer.torch, trainer.options, dict(trainer.environment)]
     total.update(json.dumps(told).encode())
     return total.hexdigest()[:16]
+
+
+def up_to_date(trainer: Trainer) -> bool:
+    """Is the stored result one of this toolkit, and of an environment as the lock has it?"""
+    found = stored(trainer) or {}
+    lock = locks.valid(trainer)
+    same = lock is None or found.get("environment", {}).get("lock") == locks.digest(lock)
+    return found.get("print") == print_of(trainer) and same
 
 
 def audit(trainer: Trainer, more: Sequence[str] = (), only: Sequence[str] = ()) -> dict[str, Any]:
@@ -112,8 +120,12 @@ def _short(value: Any) -> Any:
 
 
 def keep(trainer: Trainer, result: dict[str, Any]) -> Path:
-    """Write a result, one field or one check a line."""
+    """Write a result, one field or one check a line; what was installed goes into the subject's lock."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if "environment" in result:
+        told = result["environment"]
+        lock = locks.keep(trainer, told.get("packages", {}))
+        result = result | {"environment": {"megabytes": told["megabytes"], "lock": locks.digest(lock)}}
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items() if name != "results"]
     checks = ",\n".join("  " + json.dumps(check) for check in result.get("results", []))
     lines.append(f'"results": [\n{checks}\n]')

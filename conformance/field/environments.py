@@ -1,7 +1,8 @@
 """How does a release get an environment of its own?  A virtual environment, made once by pip and kept.
 
 Torch, most of the weight, lies in an environment of its own; the others see it through a `.pth` file, behind what they
-install themselves.  So a release may have an older numpy or fsspec than torch brings.
+install themselves.  So a release may have an older numpy or fsspec than torch brings.  Where the subject has a lock,
+all versions are those of the lock (`locks`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conformance.field import locks
 from conformance.field.subjects import Trainer
 
 STAMP = "dpocheck.json"  # written last: an environment without it was interrupted and is made anew
@@ -41,6 +43,7 @@ class Environment:
     packages: dict[str, str]
     megabytes: int  # its own: what it shares is not counted again
     seconds: float
+    lock: str = ""  # the digest of the lock that it was made with
 
     @property
     def python(self) -> Path:
@@ -66,9 +69,11 @@ def ready(trainer: Trainer) -> Environment | None:
 
 def made(trainer: Trainer) -> Environment:
     """The environment of a subject; made now where it is not there.  Raises BrokenEnvironment."""
-    folder = folder_of(trainer)
+    folder, lock = folder_of(trainer), locks.valid(trainer)
     with _alone(folder):
-        if (found := _stamped(folder)) is not None:
+        found = _stamped(folder)
+        if found is not None and (lock is None or found.lock == locks.digest(lock)
+                                  or not locks.differs(lock, found.packages)):  # fmt: skip
             return found
         started = time.monotonic()
         shared = _shared(trainer.torch) if trainer.torch else None
@@ -77,10 +82,10 @@ def made(trainer: Trainer) -> Environment:
         if shared is not None:
             (_packages_of(folder) / SHARED).write_text(f"{_packages_of(shared)}\n", encoding="utf-8")
             fixed = [f"torch=={trainer.torch}"]
-        _install(folder, [*trainer.requirements, *fixed])
-        if trainer.bare:
-            _install(folder, ["--no-deps", *trainer.bare])
-        return _stamp(folder, time.monotonic() - started)
+        pinned = ["--constraint", str(lock)] if lock else []
+        _install(folder, [*trainer.requirements, *fixed], pinned)
+        _install(folder, trainer.bare, ["--no-deps"])
+        return _stamp(folder, time.monotonic() - started, locks.digest(lock))
 
 
 def _shared(torch: str) -> Path:
@@ -100,15 +105,15 @@ def _make(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
 
 
-def _install(folder: Path, requirements: Sequence[str]) -> None:
+def _install(folder: Path, requirements: Sequence[str], options: Sequence[str] = ()) -> None:
     if not requirements:
         return
     log = folder.with_suffix(folder.suffix + ".log")
     command = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     with log.open("a", encoding="utf-8") as out:
-        out.write(f"$ pip install {' '.join(requirements)}\n")
+        out.write(f"$ pip install {' '.join([*options, *requirements])}\n")
         out.flush()
-        done = subprocess.run([*map(str, command), *requirements], stdout=out, stderr=subprocess.STDOUT)
+        done = subprocess.run([*map(str, command), *options, *requirements], stdout=out, stderr=subprocess.STDOUT)
     if done.returncode:
         said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR")] or said
@@ -119,7 +124,7 @@ def _packages_of(folder: Path) -> Path:
     return next((folder / "lib").glob("python3*")) / "site-packages"
 
 
-def _stamp(folder: Path, seconds: float) -> Environment:
+def _stamp(folder: Path, seconds: float, lock: str = "") -> Environment:
     """Note what is in an environment, which declares it finished."""
     listed = subprocess.run(
         [str(folder / "bin" / "python"), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"],
@@ -127,15 +132,15 @@ def _stamp(folder: Path, seconds: float) -> Environment:
     )  # fmt: skip
     packages = {item["name"]: item["version"] for item in json.loads(listed.stdout)}
     size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-    told = {"packages": packages, "megabytes": round(size / 2**20), "seconds": round(seconds, 1)}
+    told = {"packages": packages, "megabytes": round(size / 2**20), "seconds": round(seconds, 1), "lock": lock}
     (folder / STAMP).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    return Environment(folder, packages, told["megabytes"], told["seconds"])
+    return Environment(folder, packages, told["megabytes"], told["seconds"], lock)
 
 
 def _stamped(folder: Path) -> Environment | None:
     with contextlib.suppress(OSError, ValueError, KeyError):
         told = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        return Environment(folder, told["packages"], told["megabytes"], told["seconds"])
+        return Environment(folder, told["packages"], told["megabytes"], told["seconds"], told.get("lock", ""))
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.field import audits, environments, history, page
+from conformance.field import audits, environments, history, locks, page
 from conformance.field.__main__ import line
 from conformance.field.subjects import ROOT, FieldError, Trainer, chosen, load
 from dpocheck.known import load as load_known
@@ -128,6 +128,50 @@ def test_a_broken_environment_is_a_result_and_says_why(cache, monkeypatch):
     assert line(MINIATURE, found).startswith("mini: BROKEN")
 
 
+@pytest.fixture
+def locked(tmp_path, monkeypatch):
+    """A subject whose lock lies in a folder of its own."""
+    monkeypatch.setattr(locks, "LOCKS", tmp_path / "locks")
+    return replace(MINIATURE, requirements=("pkg==1.0",))
+
+
+def test_a_lock_names_all_that_was_installed_but_the_tools(locked):
+    path = locks.keep(locked, {"pkg": "1.0", "dep": "2.0+cpu", "pip": "24.0"})
+    assert path.read_text().splitlines()[1:] == ["dep==2.0", "pkg==1.0"]
+    assert locks.valid(locked) == path
+    assert locks.differs(path, {"pkg": "1.0", "dep": "2.0", "more": "1"}) == []
+    assert locks.differs(path, {"pkg": "1.1"}) == ["dep missing, not 2.0", "pkg 1.1, not 1.0"]
+    assert locks.keep(replace(locked, requirements=()), {"pip": "24.0"}) is None
+
+
+def test_a_lock_holds_for_its_requirements_and_its_python_alone(locked):
+    path = locks.keep(locked, {"pkg": "1.0"})
+    other = replace(locked, requirements=("pkg==1.1",))
+    assert locks.valid(other) is None
+    locks.keep(other, {"pkg": "1.1"})
+    assert locks.read(path) == {"pkg": "1.1"}
+    elsewhere = path.read_text().replace("# Python 3", "# Python 9")
+    path.write_text(elsewhere)
+    assert locks.valid(other) is None
+    assert locks.keep(other, {"pkg": "1.2"}).read_text() == elsewhere
+
+
+def test_an_environment_is_made_as_its_lock_says_and_anew_where_it_differs(cache, locked, monkeypatch):
+    asked = []
+    monkeypatch.setattr(environments, "_install", lambda folder, wanted, options=(): asked.append((*options, *wanted)))
+    environments.made(locked)
+    path = locks.keep(locked, {"pkg": "1.0", "dep": "2.0"})
+    environments.made(locked)
+    environments.made(locked)
+    made = [told for told in asked if "pkg==1.0" in told]
+    assert made == [("pkg==1.0",), ("--constraint", str(path), "pkg==1.0")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conformance" / "locks").glob("*.txt")), ids=lambda path: path.stem)
+def test_a_lock_is_of_a_subject_as_it_is_now(path):
+    assert path.read_text(encoding="utf-8").partition("\n")[0].partition(": ")[2] == locks.asked(SUBJECTS[path.stem])
+
+
 def test_a_missing_checkout_is_said(cache, monkeypatch):
     monkeypatch.delenv("SOME_CHECKOUT", raising=False)
     assert "SOME_CHECKOUT" in audits.audit(replace(MINIATURE, checkout="SOME_CHECKOUT"))["broken"]
@@ -148,8 +192,11 @@ def result(tmp_path_factory):
 
 def test_a_result_is_kept_a_check_a_line_and_read_back(result, tmp_path, monkeypatch):
     monkeypatch.setattr(audits, "RESULTS", tmp_path)
-    path = audits.keep(MINIATURE, result)
-    assert audits.stored(MINIATURE) == json.loads(json.dumps(result))
+    monkeypatch.setattr(locks, "LOCKS", tmp_path / "locks")
+    told = result | {"environment": {"megabytes": 1, "packages": {"pkg": "1.0"}}}
+    path = audits.keep(replace(MINIATURE, requirements=("pkg==1.0",)), told)
+    digest = locks.digest(tmp_path / "locks" / "mini.txt")
+    assert audits.stored(MINIATURE) == json.loads(json.dumps(told | {"environment": {"megabytes": 1, "lock": digest}}))
     assert sum('"id": "LOSS-' in row for row in path.read_text().splitlines()) == 2
 
 

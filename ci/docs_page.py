@@ -50,7 +50,8 @@ EQUATIONS = (
     ("SimPO", "Meng et al. 2024 (arXiv:2405.14734)", "Eq. 6", "not verified"),
     ("SFT term", "Pang et al. 2024 (arXiv:2404.19733)", "Eq. 1", "not verified"),
     ("SFT term", "Xu et al. 2024 (arXiv:2401.08417)", "Eq. 5", "not verified"),
-    ("f-divergences", "Wang et al. 2023 (arXiv:2309.16240)", "none used", "there is no check of them yet"),
+    ("f-divergences", "Wang et al. 2023 (arXiv:2309.16240)", "no number given",
+     "not verified; a test differentiates each f"),
 )
 
 

@@ -93,6 +93,10 @@ def parse_objective(text: str) -> Objective:
         if name in values:
             raise UsageError(f"objective {text}: {name} is given twice")
         values[name] = _setting(text, name, value, str(allowed[name]))
+    if kind == "alpha_divergence" and not 0 < values.get("alpha", 0.5) < 1:
+        raise UsageError(f"objective {text}: alpha is {values['alpha']:g}; it must be between 0 and 1")
+    if "alpha" in values and kind != "alpha_divergence":
+        raise UsageError(f"objective {text}: alpha with {kind}; only alpha_divergence has it")
     objective = Objective(kind=kind, **values)
     if objective.beta <= 0:
         raise UsageError(f"objective {text}: beta is {objective.beta:g}; it must be above 0")

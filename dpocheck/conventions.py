@@ -202,6 +202,11 @@ QUESTIONS = (
         ("rewards/chosen", "rewards/rejected"), {
         "beta": "logged rewards are beta times the log-ratio", "one": "logged rewards are log-ratios, without beta",
     }, says="reward_scale"),
+    Question("CONV-REWARD-LOGPS", "reward_logps", "metrics", "metrics", _logged,
+        ("rewards/chosen", "rewards/rejected"), {
+        "loss": "logged rewards are of the log-ratios as the loss compares them",
+        "sum": "logged rewards are of summed log-ratios, whatever the loss makes of them",
+    }),
     Question("CONV-LOGPS", "logps_logged", "metrics", "metrics", _logged, ("logps/chosen", "logps/rejected"), {
         "sum": "logged log-probs are sums over tokens", "mean": "logged log-probs are means over tokens",
     }),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpocheck.experiment import (
+    DIVERGENCES,
     Experiment,
     LogpExperiment,
     LossExperiment,
@@ -295,13 +296,25 @@ def _floor(experiment: LossExperiment) -> dict[str, float]:
     four = np.abs(experiment.arguments())
     noise = 3 * u * float(np.max(np.sum(3 * four + 2 * np.log(256) + 14, axis=0)))
     h = np.array([1, -1, -1, 1]) @ experiment.arguments()
-    slope, curvature = steepness(experiment.objective, float(np.max(np.abs(h))) + noise)
+    if experiment.objective.kind in DIVERGENCES:
+        ratios = experiment.arguments()[:2] - experiment.arguments()[2:]
+        steep = steepest(experiment.objective, float(np.max(-ratios)) + noise)
+        slope, curvature, beta = beta * steep, beta * steep * (1 + beta * steep / 4), beta * steep
+    else:
+        slope, curvature = steepness(experiment.objective, float(np.max(np.abs(h))) + noise)
     reading = 4 * u * float(np.max(four)) / ONE_STEP
     values, rewards = slope * noise, beta * noise
     return {
         "per_pair": values, "reduced": values, "rewards_chosen": rewards, "rewards_rejected": rewards,
         "slopes": curvature * noise + reading, "margin_slopes": curvature * noise,
     }  # fmt: skip
+
+
+def steepest(objective: Objective, largest: float) -> float:
+    """A bound on df'(u)/d log u and its own derivative where -log u <= `largest`: u^-1, u^-alpha, or sigma(-log u)."""
+    if objective.kind == "js_divergence":
+        return 1.0
+    return float(np.exp((objective.alpha if objective.kind == "alpha_divergence" else 1.0) * max(largest, 0.0)))
 
 
 def steepness(objective: Objective, largest: float) -> tuple[float, float]:

@@ -53,6 +53,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], Callable[[float], str]]] = {
     "clamp": ((5.0,), lambda x: f"logit clamped at {x:.4g}"),
     "temperature": ((1.5,), lambda x: f"temperature {x:.4g}"),
     "token_floor": ((-4.0,), lambda x: f"token log-probs clamped at {x:.4g}"),
+    "alpha_fixed": ((0.5,), lambda x: f"alpha divergence at {x:.4g} whatever was asked for"),
     "scale": ((0.5,), lambda x: f"loss times {x:.4g}"),
     "gradient_scale": ((0.5,), lambda x: f"gradient times {x:.4g}, loss right"),
     "update": ((0.5,), lambda x: f"step times {x:.4g}"),
@@ -112,10 +113,11 @@ class Diagnostician:
     def ranked(self, failing: Evidence, others: Evidence | Callable[[], Evidence] = ()) -> list[Ranked]:
         """All faults that explain the failing evidence, nearest first; none where it shows no wrong number."""
         facts = self.facts(failing)
-        wrong = [fact.experiment for fact in facts if fact.informative]
+        wrong = [fact for fact in facts if fact.informative]
         if not wrong:
             return []
-        cheapest = min(wrong, key=cost)
+        telling = [fact for fact in wrong if fact.trained] or wrong  # not a metric that is wrong where nothing else is
+        cheapest = min((fact.experiment for fact in telling), key=cost)
         first = [fact for fact in facts if fact.experiment == cheapest]
         if cost(cheapest) > DEAR:
             first = self._cheaper(_told(others)) or first

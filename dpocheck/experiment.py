@@ -25,7 +25,8 @@ import numpy as np
 
 VERSION = 1  # of the records below; a change that alters the meaning of a stored experiment raises it
 
-KINDS = ("sigmoid", "robust", "hinge", "ipo", "simpo")
+DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
+KINDS = ("sigmoid", "robust", "hinge", "ipo", "simpo", *DIVERGENCES)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Objective:
     `sigmoid` is DPO (Rafailov et al. 2023, Eq. 7); with `label_smoothing` it is cDPO (Mitchell 2023, Eq. 3).  `robust`
     is rDPO (Chowdhury et al. 2024), `hinge` SLiC on beta*h (Liu et al. 2023), `ipo` Azar et al. 2023, Eq. 17 with
     beta in the place of tau, `simpo` Meng et al. 2024, Eq. 6 (`gamma` is subtracted from the logit, not times beta).
+    `forward_kl`, `js_divergence` and `alpha_divergence`, with 0 < `alpha` < 1, are DPO under another divergence than
+    the reverse KL (Wang et al. 2023): f'(u) stands for the logarithm of u = pi/ref of each completion.
     `length_normalised` divides every log-prob by its number of completion tokens.  `sft_weight` adds that multiple of
     the mean negative log-likelihood of the chosen completions.
     """
@@ -45,8 +48,11 @@ class Objective:
     gamma: float = 0.0
     sft_weight: float = 0.0
     length_normalised: bool = False
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.kind == "alpha_divergence" and not 0.0 < self.alpha < 1.0:
+            raise ValueError(f"alpha is {self.alpha}; an alpha divergence needs one between 0 and 1")
         if self.kind not in KINDS:
             raise ValueError(f"unknown objective {self.kind!r}; known: {', '.join(KINDS)}")
 
@@ -347,13 +353,10 @@ def ranks_of(experiment: Experiment) -> int:
 
 # -------------------------------------------------------------------------------------------------------------- JSON
 
-_RECORDS = {
-    record.__name__: record
-    for record in (
-        Objective, Table, Body, Template, Tokenizer, LossExperiment, TokenRow, LogpExperiment, Pair, StepExperiment,
-        Message, Row, Lora, Recipe, TrainExperiment, TextExperiment, Sequence,
-    )
-}  # fmt: skip
+_RECORDS = {record.__name__: record for record in (
+    Objective, Table, Body, Template, Tokenizer, LossExperiment, TokenRow, LogpExperiment, Pair, StepExperiment,
+    Message, Row, Lora, Recipe, TrainExperiment, TextExperiment, Sequence,
+)}  # fmt: skip
 
 
 def to_plain(value: Any) -> Any:
@@ -365,9 +368,7 @@ def to_plain(value: Any) -> Any:
         return {"type": type(value).__name__} | fields
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"type": "float", "value": repr(value)}
-    return value
+    return {"type": "float", "value": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_plain(data: Any) -> Any:
@@ -393,8 +394,7 @@ def key(experiment: Experiment) -> str:
 
     It is kept beside the record, which never changes.
     """
-    if "_key" in experiment.__dict__:
-        return experiment.__dict__["_key"]
-    text = json.dumps([VERSION, to_plain(experiment)], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    found = experiment.__dict__["_key"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+    if "_key" not in experiment.__dict__:
+        text = json.dumps([VERSION, to_plain(experiment)], sort_keys=True, separators=(",", ":"), allow_nan=False)
+        experiment.__dict__["_key"] = hashlib.sha256(text.encode()).hexdigest()
+    return experiment.__dict__["_key"]

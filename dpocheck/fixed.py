@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpocheck.experiment import (
+    DIVERGENCES,
     Experiment,
     LogpExperiment,
     LossExperiment,
@@ -31,8 +32,15 @@ SIGMOID_ONLY = {
 PLACED = ("LOSS-BETA-SCALE", "ONE-TRAINER", "GRAD-OPTIMUM", "OPTIMUM-RECOVERED")
 # Claims that a further part of an objective breaks.
 BROKEN_BY = {
-    "LOGZ-NORMALISER": (lambda asked: asked.kind == "simpo", "rewards without a reference do not normalise"),
-    "LOGZ-POLICY": (lambda asked: asked.sft_weight > 0, "an SFT term sees a constant on the policy's log-probs"),
+    "LOGZ-NORMALISER": (
+        lambda asked: asked.kind in ("simpo", *DIVERGENCES), "its rewards do not normalise the reference"
+    ),
+    "LOGZ-POLICY": (
+        lambda asked: asked.sft_weight > 0 or asked.kind in DIVERGENCES, "it sees a constant on the policy's log-probs"
+    ),
+    "LOGZ-REFERENCE": (lambda asked: asked.kind in DIVERGENCES, "it sees a constant on the reference's log-probs"),
+    "LOSS-EXTREME": (lambda asked: asked.kind in DIVERGENCES, "no float holds a ratio of e^20000"),
+    "LOSS-VALUE-GRADIENT": (lambda asked: asked.kind in DIVERGENCES, "the remainder of its difference is another"),
 }
 # Checks that need a reference that is not the policy; a subject that has no way to take one cannot be asked them.
 TWO_MODELS = ("GRAD-OPTIMUM", "REF-CACHE-FRESH")
@@ -143,4 +151,5 @@ def words(objective: Objective) -> str:
     kind = "dpo" if objective.kind == "sigmoid" else objective.kind
     values = {name: getattr(objective, name) for name in ("beta", "label_smoothing", "gamma", "sft_weight")}
     settings = "".join(f",{name}={value:g}" for name, value in values.items() if value)
+    settings += f",alpha={objective.alpha:g}" if kind == "alpha_divergence" else ""
     return kind + settings + (",length_normalised=true" if objective.length_normalised else "")

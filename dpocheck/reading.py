@@ -28,7 +28,7 @@ def seen(experiment: Experiment, payload: dict[str, Any], arrays: dict[str, np.n
         return _train(experiment, payload, arrays, via)
     fields = dict(payload.get("fields", {})) | arrays
     if isinstance(experiment, LossExperiment) and "slopes" in fields:
-        fields["margin_slopes"] = fields["slopes"][0]
+        fields["margin_slopes"] = (fields["slopes"][0] - fields["slopes"][1]) / 2
     if isinstance(experiment, LogpExperiment) and "gradient" in fields:
         fields["counted"] = tuple(counted(experiment, row) for row in fields["gradient"])
     if isinstance(experiment, StepExperiment) and fields.get("silent") is not None:

@@ -69,7 +69,8 @@ def _(experiment: LossExperiment, field: str, predicted: Seen, u: float, theory:
     errors = preference_error(loss, experiment.objective, theory, lengths, u, tiny)
     return _only({
         "per_pair": errors.per_pair, "reduced": errors.reduced, "slopes": errors.slopes,
-        "margin_slopes": errors.slopes[0], "rewards_chosen": errors.rewards[0], "rewards_rejected": errors.rewards[1],
+        "margin_slopes": (errors.slopes[0] + errors.slopes[1]) / 2.0,
+        "rewards_chosen": errors.rewards[0], "rewards_rejected": errors.rewards[1],
     }, field, "loss")  # fmt: skip
 
 

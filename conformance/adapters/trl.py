@@ -3,7 +3,8 @@
 from dpocheck.adapter import Says, TrainOut, Unsupported
 from dpocheck.huggingface import FORCED, arguments, checkpoints, dataset, history, lora, resumed_from
 
-LOSSES = {"sigmoid": "sigmoid", "robust": "robust", "hinge": "hinge", "ipo": "ipo"}
+DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
+LOSSES = {kind: kind for kind in ("sigmoid", "robust", "hinge", "ipo")} | dict.fromkeys(DIVERGENCES, "sigmoid")
 
 
 class Adapter:
@@ -11,7 +12,7 @@ class Adapter:
     # DPOConfig and the DPO page of TRL's documentation: `ref_model`, "the loss is averaged over log-likelihoods" (IPO),
     # `truncation_mode` defaults to "keep_start"; label smoothing is named for "robust" and "exo_pair" alone.
     says = Says(eos="appended", truncation="keep_start", ipo="mean", reward_scale="beta", uneven_ranks="repeated",
-                objectives=("sigmoid", "robust", "hinge", "ipo", "sft"))  # fmt: skip
+                objectives=(*LOSSES, "sft"))  # fmt: skip
     forced = FORCED
     ranks = keeps_group = True  # transformers' Trainer finds torchrun's variables; accelerate keeps its process group
 
@@ -27,8 +28,9 @@ class Adapter:
         config = DPOConfig(
             loss_type=list(losses), loss_weights=list(losses.values()), beta=asked.beta,
             label_smoothing=asked.label_smoothing, precompute_ref_log_probs=recipe.precompute_reference,
+            f_divergence_type=asked.kind if asked.kind in DIVERGENCES else "reverse_kl",
             train_sampling_strategy="random" if recipe.shuffle else "sequential",
-            **limits, **arguments(recipe, folder),
+            f_alpha_divergence_coef=asked.alpha, **limits, **arguments(recipe, folder),
         )  # fmt: skip
         sets, adapter = {name: dataset(held) for name, held in rows.items()}, lora(recipe)
         trainer = DPOTrainer(

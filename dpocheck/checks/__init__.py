@@ -9,7 +9,7 @@ CHAPTERS = (
     "ranks", "defaults", "tokenizer",
 )  # fmt: skip
 
-FILES = (*CHAPTERS, "sft", "optimizer", "agreement")  # these three belong to the chapters `loss` and `step`
+FILES = (*CHAPTERS, "divergence", "sft", "optimizer", "agreement")  # four of the chapters `loss` and `step`
 
 for file in FILES:
     importlib.import_module(f"dpocheck.checks.{file}")

@@ -31,13 +31,13 @@ def losses(ask: Ask) -> Any:
     return strategies.loss_experiments().map(_alone)
 
 
-def of_objective(*kinds: str) -> Draw:
+def of_objective(*kinds: str, regions: tuple[str, ...] = ("plain", "integers", "wide", "near")) -> Draw:
     def made(ask: Ask) -> Any:
         from dpocheck import strategies
 
         lengths = "drawn" if ask.native else "three"
         return strategies.loss_experiments(
-            strategies.objectives(*kinds), regions=("plain", "integers", "wide", "near"), lengths=lengths
+            strategies.objectives(*kinds), regions=regions, lengths=lengths
         ).map(_alone)
 
     return made

@@ -20,14 +20,24 @@ from dpocheck.miniature.rows import (
     tokenize,
     truncate,
 )  # fmt: skip
-from dpocheck.miniature.scores import Scored, check, fingerprint, forward, frozen_copy, logps, loss, reference
+from dpocheck.miniature.scores import (
+    Scored,
+    check,
+    divergence,
+    fingerprint,
+    forward,
+    frozen_copy,
+    logps,
+    loss,
+    reference,
+)
 from dpocheck.miniature.state import Progress, checkpoint, resume
 from dpocheck.miniature.step import accumulate, clip, evaluate, factor, gather, metrics, order, reduce, update
 from dpocheck.miniature.trainer import MINIATURE, Miniature, models, optimizer_of
 
 __all__ = [
     "MINIATURE", "Batch", "Example", "Miniature", "Progress", "Scored", "Side", "Text", "accumulate", "added",
-    "batches_of", "check", "checkpoint", "clip", "collate", "common_prefix", "evaluate", "exchange", "factor",
-    "fingerprint", "forward", "frozen_copy", "gather", "here", "logps", "loss", "metrics", "models", "optimizer_of",
-    "order", "reduce", "reference", "render", "resume", "share", "tokenize", "truncate", "update",
+    "batches_of", "check", "checkpoint", "clip", "collate", "common_prefix", "divergence", "evaluate", "exchange",
+    "factor", "fingerprint", "forward", "frozen_copy", "gather", "here", "logps", "loss", "metrics", "models",
+    "optimizer_of", "order", "reduce", "reference", "render", "resume", "share", "tokenize", "truncate", "update",
 ]  # fmt: skip

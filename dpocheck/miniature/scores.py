@@ -1,7 +1,7 @@
 """How are token rows scored?  Parts: forward, logps, reference, loss.
 
 Choices that the sources leave open: IPO compares sums; implicit rewards are beta times the log-ratio that the loss
-compares, so that they do without the reference, or by length, where the loss does.
+compares, so that they do without the reference, or by length, or by a divergence's f'(u), where the loss does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax, logsigmoid, relu
 
 from dpocheck.adapter import LossOut, TokenBatch, Unsupported
-from dpocheck.experiment import Objective, Recipe
+from dpocheck.experiment import DIVERGENCES, Objective, Recipe
 from dpocheck.miniature.ranks import here, wait
 from dpocheck.miniature.rows import Batch, Example, batches_of
 
@@ -137,6 +138,8 @@ def loss(
         chosen, rejected = policy_chosen, policy_rejected
     if kind == "simpo" or objective.length_normalised:
         chosen, rejected = chosen / lengths[0], rejected / lengths[1]
+    if kind in DIVERGENCES:
+        chosen, rejected = divergence(chosen, objective), divergence(rejected, objective)
     h = chosen - rejected
     margin = beta * h
     if kind == "hinge":
@@ -145,7 +148,7 @@ def loss(
         losses = (h - 1 / (2 * beta)) ** 2
     elif kind == "simpo":
         losses = -logsigmoid(margin - objective.gamma)
-    elif smoothing == 0:
+    elif smoothing == 0:  # under a divergence too
         losses = -logsigmoid(margin)
     elif kind == "sigmoid":
         losses = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
@@ -154,6 +157,14 @@ def loss(
     if objective.sft_weight:
         losses = losses - objective.sft_weight * policy_chosen / lengths[0]
     return LossOut(losses, (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def divergence(ratio: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """f'(u) - f'(1) at u = exp(ratio), ratio = log(pi/ref), of the objective's divergence: 0 where they are equal."""
+    if objective.kind == "js_divergence":
+        return math.log(2) + logsigmoid(ratio)
+    alpha = 1.0 if objective.kind == "forward_kl" else objective.alpha
+    return -torch.expm1(-alpha * ratio) / alpha
 
 
 def check(objective: Objective, lengths: Any) -> None:

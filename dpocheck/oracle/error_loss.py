@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from dpocheck.experiment import Objective
 from dpocheck.oracle.losses import softplus
-from dpocheck.oracle.objective import Preference, beta_of, kind_of, pair_weights, per_token
+from dpocheck.oracle.objective import Preference, beta_of, kind_of, pair_weights, per_token, score_of
 from dpocheck.oracle.theory import Theory
 
 # Some softplus implementations return their argument above 20: log(1 + e^20) - 20 = log1p(e^-20) = 2.07e-9 is then
@@ -57,6 +57,29 @@ def sigmoid_error(m: np.ndarray, e: np.ndarray, u: float, tiny: float) -> np.nda
     return moved + 6.0 * u * expit(-m) + 3.0 * u * expit(m) + tiny + np.where(m < -THRESHOLD, MISSING, 0.0)
 
 
+def score_error(
+    kind: str, alpha: float, t: np.ndarray, e: np.ndarray, reach: np.ndarray, u: float, tiny: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a divergence's f'(exp(t)), of its slope in t, and the greatest term of f', where t carries an error e.
+
+    `reach`: |log pi| + |log ref|, the numbers whose difference t is.  f' of the Jensen-Shannon divergence has a slope
+    of sigma(-t): as `softplus_error`; log 2 and one more sum; written as log(2u/(1+u)), a relative error of 4 u inside
+    the logarithm; written as t - softplus(t) + log 2, roundings at the size of t.  The others are powers u^-a, with
+    a = 1 for the forward KL: an error e of t is a factor exp(a e) of the power, and a t rounds twice.  The power itself
+    takes four roundings at most (a quotient of two exponentials; its own product), and rounds twice more beside a 1.
+    Automatic differentiation forms the slope of expm1 as its value plus 1: roundings at the size of 1, however small
+    the power is.
+    """
+    if kind == "js_divergence":
+        value = softplus_error(t, e, u, tiny, reach) + u * (2.0 * softplus(-t) + 8.0)
+        return value, sigmoid_error(t, e, u, tiny), np.log(2.0) + softplus(-t) + np.abs(t)
+    a = alpha if kind == "alpha_divergence" else 1.0
+    with np.errstate(over="ignore"):
+        power, off = np.exp(-a * t), np.expm1(np.minimum(a * e + 2.0 * u * a * np.abs(t), 700.0)) + 4.0 * u
+        size = (1.0 + power) / a
+        return (power * off + tiny) / a + 4.0 * u * size, power * (off + 2.0 * u) + 2.0 * u * (1.0 + power), size
+
+
 @dataclass(frozen=True, eq=False)
 class LossError:
     """Bounds on a batch's loss; shapes as in `Preference`."""
@@ -68,23 +91,42 @@ class LossError:
     margins: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class MarginError:
+    """Under a divergence `scores` and `steepness` are of f'(u) and of its slope, (2, pair); otherwise zero."""
+
+    margin: np.ndarray
+    size: np.ndarray  # (pair,): what no term of the margin exceeds
+    scores: np.ndarray
+    steepness: np.ndarray
+
+
 def margin_error(
-    loss: Preference, arguments: np.ndarray, objective: Objective, theory: Theory, lengths: np.ndarray, u: float
-) -> np.ndarray:
-    """(pair,): of the margin, where the four log-probs carry errors of at most `arguments` (4, pair).
+    loss: Preference, arguments: np.ndarray, objective: Objective, theory: Theory, lengths: np.ndarray, u: float,
+    tiny: float,
+) -> MarginError:  # fmt: skip
+    """Of the margin, where the four log-probs carry errors of at most `arguments` (4, pair).
 
     At most four roundings in any order (two differences, the difference of them, the product with beta) on quantities
     no greater than beta * S, S the sum of the absolute log-probs; one more as beta itself is rounded, one more for a
-    division by a length.  IPO's h has no beta.  SimPO's gamma is rounded, and its difference.
+    division by a length.  IPO's h has no beta.  SimPO's gamma is rounded, and its difference.  Under a divergence the
+    two log-ratios round first, then f' of each, then the difference and the product with beta.
     """
-    divided = per_token(objective, theory)
+    divided, kind = per_token(objective, theory), kind_of(objective, theory)
     z = np.concatenate([loss.policy, loss.reference])
-    beta = 1.0 if kind_of(objective, theory) == "ipo" else abs(beta_of(objective, theory))
-    carried = (arguments / lengths if divided else arguments).sum(axis=0)
-    error = beta * (carried + gamma(6 if divided else 5, u) * (np.abs(z).sum(axis=0) + carried))
-    if kind_of(objective, theory) == "simpo":
+    beta = 1.0 if kind == "ipo" else abs(beta_of(objective, theory))
+    arguments = arguments / lengths if divided else arguments
+    carried, sizes, none = arguments.sum(axis=0), np.abs(z).sum(axis=0), np.zeros_like(loss.policy)
+    if score_of(objective, theory):
+        reach, moved = np.abs(z[:2]) + np.abs(z[2:]), arguments[:2] + arguments[2:]
+        e = moved + gamma(3 if divided else 2, u) * (reach + moved)
+        scores, steepness, terms = score_error(kind, objective.alpha, z[:2] - z[2:], e, reach, u, tiny)
+        error = beta * (scores.sum(axis=0) + gamma(4, u) * (terms + scores).sum(axis=0))
+        return MarginError(error, beta * terms.sum(axis=0), scores, steepness)
+    error = beta * (carried + gamma(6 if divided else 5, u) * (sizes + carried))
+    if kind == "simpo":
         error = error + u * (np.abs(loss.margins) + 2.0 * abs(objective.gamma))
-    return error
+    return MarginError(error, beta * sizes, none, none)
 
 
 def curve_error(
@@ -129,10 +171,9 @@ def preference_error(
     """Bounds on what `objective.preference` predicts.  `arguments` (4, pair): errors that the log-probs carry."""
     carried = np.zeros_like(loss.sums) if arguments is None else arguments
     pairs = len(loss.per_pair)
-    e = margin_error(loss, carried, objective, theory, lengths, u)
-    beta = 1.0 if kind_of(objective, theory) == "ipo" else abs(beta_of(objective, theory))
-    size = beta * np.abs(np.concatenate([loss.policy, loss.reference])).sum(axis=0)
-    value, slope = curve_error(objective, theory, loss.margins, e, u, tiny, size)
+    off = margin_error(loss, carried, objective, theory, lengths, u, tiny)
+    e, beta = off.margin, 1.0 if kind_of(objective, theory) == "ipo" else abs(beta_of(objective, theory))
+    value, slope = curve_error(objective, theory, loss.margins, e, u, tiny, off.size)
     sft = objective.sft_weight * (theory.sft == "added") + theory.sft_extra
     if sft:
         # The quotient by the length, the product with the weight, the sum with the preference term.
@@ -143,8 +184,17 @@ def preference_error(
     reduced = float(weights @ value + gamma(pairs + 1, u) * (weights @ np.abs(loss.per_pair)))
     divisors = lengths if per_token(objective, theory) else np.ones_like(lengths)
     # Beyond the curve's slope: products with beta, with the pair's weight, with 1/length, the sum with the SFT term.
+    # Under a divergence with its slope as well: |dL/dm| <= sigma(-m) where no label smoothing is added.
+    if score_of(objective, theory):
+        inner = expit(-loss.margins) if not objective.label_smoothing else np.ones_like(loss.margins)
+        slope = slope * loss.steepness + (inner + slope) * off.steepness + gamma(2, u) * inner * loss.steepness
+        slope = np.concatenate([slope, slope])
     slopes = beta * weights * slope / divisors + gamma(4, u) * np.abs(loss.slopes) + tiny
-    return LossError(value, reduced, slopes, _reward_error(loss, carried, objective, theory, lengths, u), e)
+    rewards = _reward_error(loss, carried, objective, theory, lengths, u)
+    if score_of(objective, theory) and theory.reward_logps == "loss":
+        scale = 1.0 if theory.reward_scale == "one" else abs(objective.beta)
+        rewards = scale * off.scores + gamma(4, u) * (off.size + scale)
+    return LossError(value, reduced, slopes, rewards, e)
 
 
 def _reward_error(

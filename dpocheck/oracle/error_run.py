@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.special import expit
 
 from dpocheck.experiment import TrainExperiment
 from dpocheck.oracle import tokens
@@ -18,7 +19,7 @@ from dpocheck.oracle.error_loss import gamma
 from dpocheck.oracle.error_step import BatchError, batch_error
 from dpocheck.oracle.logps import divisors, score, spread, state_gradient
 from dpocheck.oracle.numbers import ROUNDOFF, TINY
-from dpocheck.oracle.objective import beta_of, kind_of
+from dpocheck.oracle.objective import Preference, beta_of, kind_of, score_of
 from dpocheck.oracle.optimizer import State, clipped
 from dpocheck.oracle.schedule import Plan, plan, rate, weights
 from dpocheck.oracle.step import BatchOut
@@ -160,10 +161,12 @@ def _reach(
     for index, share, out in zip(window, shares, outs, strict=True):
         batch = run.batch(run.pairs, index)
         scores = score(*run.split(state.logits), batch.policy, run.theory)
-        directions = _directions(run, batch, scores)
+        directions = _directions(run, batch, scores, out.preference.steepness)
         bend = share / batch.pairs * _curvature(run, out.preference.margins)
-        scaled = directions * np.sqrt(bend)[:, None]
-        gram += float(np.linalg.eigvalsh(scaled @ scaled.T).max())
+        bent, unbent = _score_curvature(run, batch, scores, out.preference, share / batch.pairs)
+        own = directions * np.sqrt(bend)[:, None]
+        gram += _greatest(np.concatenate([own, bent]) if len(bent) else own)
+        down += _greatest(unbent)
         slope = np.zeros(batch.policy.rows)
         for which, side in enumerate((batch.chosen, batch.rejected)):
             np.add.at(slope, side, share * out.preference.slopes[which])
@@ -175,6 +178,8 @@ def _reach(
     beta = 1.0 if kind_of(run.experiment.recipe.objective, run.theory) == "ipo" else beta_of(
         run.experiment.recipe.objective, run.theory
     )  # fmt: skip
+    if score_of(run.experiment.recipe.objective, run.theory):  # f' and f'' move too, by factors of their own
+        beta = beta * max(float(np.max(out.preference.steepness)) for out in outs) + 1.0
     stretch = float(np.exp(min(2.0 * np.sqrt(2.0) * longest * beta * carried, 50.0)))
     most, least = stretch * (gram + up), stretch * down
     lipschitz = max(most, least)
@@ -183,12 +188,33 @@ def _reach(
     return max(1.0 + speed * least, speed * most - 1.0), lipschitz
 
 
-def _directions(run: Run, batch, scores) -> np.ndarray:
-    """(pair, parameter): the gradient of each pair's difference of log-probs."""
+def _greatest(rows: np.ndarray) -> float:
+    """The greatest eigenvalue of the sum of the rows' outer products."""
+    return float(np.linalg.eigvalsh(rows @ rows.T).max()) if len(rows) else 0.0
+
+
+def _score_curvature(run: Run, batch, scores, loss: Preference, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(pair, parameter) each: rows whose outer products are what a divergence's f'' adds to the Hessian and takes off.
+
+    It is dL/dm * beta * f'' of a completion times its gradient's outer product; |d f' / d log u| bounds that of f''.
+    f'' is negative: the chosen completions bend the loss up, the rejected ones down.
+    """
+    if not score_of(run.experiment.recipe.objective, run.theory):
+        return np.zeros((0, 1)), np.zeros((0, 1))
+    beta = beta_of(run.experiment.recipe.objective, run.theory)
+    factors = np.sqrt(share * beta * expit(-loss.margins) * loss.steepness)
+    sides = np.eye(2)[:, :, None] * factors[:, None, :]  # (which, side, pair): one completion of each pair alone
+    up, down = (_directions(run, batch, scores, side) for side in sides)
+    return up, down
+
+
+def _directions(run: Run, batch, scores, steepness: np.ndarray) -> np.ndarray:
+    """(pair, parameter): the gradient of each pair's difference of log-probs, or of scores where these are steeper."""
+    weights = steepness * np.array([[1.0], [-1.0]])
     rows = []
-    for chosen, rejected in zip(batch.chosen, batch.rejected, strict=True):
+    for chosen, rejected, pair in zip(batch.chosen, batch.rejected, weights.T, strict=True):
         one = np.zeros(batch.policy.rows)
-        one[chosen], one[rejected] = 1.0, -1.0
+        one[chosen], one[rejected] = pair
         states = state_gradient(scores, one / divisors(batch.policy, run.theory.logps), run.theory)
         if batch.policy.mix is not None:
             states = stacked(*spread(states, batch.policy, run.size))

@@ -55,6 +55,31 @@ def simpo_margin(chosen: np.ndarray, rejected: np.ndarray, beta: float, gamma: f
     return beta * (chosen - rejected) - gamma
 
 
+def forward_kl(t: np.ndarray) -> Curve:
+    """f'(u) = -1/u at u = exp(t), of f(u) = -log u.  Wang et al. 2023 (arXiv:2309.16240); slope with respect to t.
+
+    Here and below the loss is -log sigma(beta f'(u_w) - beta f'(u_l)), u = pi_theta/pi_ref of a completion; a constant
+    in f' cancels.  With f(u) = u log u, f'(u) = log u + 1 of the reverse KL, it is DPO.
+    """
+    with np.errstate(over="ignore"):
+        inverse = np.exp(-t)
+    return -inverse, inverse
+
+
+def jensen_shannon(t: np.ndarray) -> Curve:
+    """f'(u) = log(2u/(1+u)) at u = exp(t), of f(u) = u log u - (u+1) log((u+1)/2).  As above."""
+    return np.log(2.0) - softplus(-t), expit(-t)
+
+
+def alpha_divergence(t: np.ndarray, alpha: float) -> Curve:
+    """f'(u) = (1 - u^-alpha)/alpha at u = exp(t), of f(u) = (u^(1-alpha) - (1-alpha) u - alpha) / (alpha (alpha-1)).
+
+    As above.  Towards alpha = 0 it is the reverse KL, at alpha = 1 the forward KL.
+    """
+    with np.errstate(over="ignore"):
+        return -np.expm1(-alpha * t) / alpha, np.exp(-alpha * t)
+
+
 def log_ratio_margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected) -> np.ndarray:
     """h: what remains of the reward difference when log Z(x) has cancelled.  Rafailov et al. 2023, Eq. 6 and 7."""
     return (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpocheck.experiment import Objective
+from dpocheck.experiment import DIVERGENCES, Objective
 from dpocheck.oracle import losses, wrong
 from dpocheck.oracle.theory import PAPER, Theory
 
@@ -30,6 +30,7 @@ class Preference:
     reference: np.ndarray  # (2, pair)
     sums: np.ndarray  # (4, pair): the same four before any division by a length, the reference as it is used
     margins: np.ndarray  # (pair,): what the curve is applied to, less offsets
+    steepness: np.ndarray  # (2, pair): under a divergence df'(u) / d log u of chosen and rejected, else 1
 
 
 def beta_of(objective: Objective, theory: Theory) -> float:
@@ -43,6 +44,17 @@ def fixed_beta(objective: Objective, theory: Theory) -> float:
 
 def kind_of(objective: Objective, theory: Theory) -> str:
     return theory.kind or objective.kind
+
+
+def score_of(objective: Objective, theory: Theory) -> Callable[[np.ndarray], losses.Curve] | None:
+    """What a divergence puts in the place of a completion's log-ratio; None where that stays as it is."""
+    kind = kind_of(objective, theory)
+    if kind not in DIVERGENCES:
+        return None
+    alpha = objective.alpha if theory.alpha_fixed is None else theory.alpha_fixed
+    alpha = 1.0 - alpha if theory.alpha == "one-minus" else alpha
+    scores = {"forward_kl": losses.forward_kl, "js_divergence": losses.jensen_shannon}
+    return wrong.turned(scores.get(kind, lambda t: losses.alpha_divergence(t, alpha)), theory.derivative)
 
 
 def per_token(objective: Objective, theory: Theory) -> bool:
@@ -72,13 +84,20 @@ def preference(
     used = np.concatenate([arguments[:2], _reference(arguments, theory)])
     divisors = lengths if per_token(objective, theory) else np.ones_like(lengths)
     z = used / divisors
-    value, slope_policy, slope_reference, margins, weights = _curve(z, objective, theory, dtype, tokens)
     a = np.array(_coefficients(objective, theory))[:, None]
+    shares, steepness = a * z, np.ones((2, z.shape[1]))
+    if score := score_of(objective, theory):
+        scores, steepness = score(np.stack([shares[0] + shares[2], -shares[1] - shares[3]]))
+        shares = np.stack([scores[0], -scores[1], *np.zeros((2, z.shape[1]))])
+    value, slope_policy, slope_reference, margins, weights = _curve(shares, objective, theory, dtype, tokens)
+    if score:
+        slope_reference = slope_policy
     slopes = a * np.stack([slope_policy, slope_policy, slope_reference, slope_reference]) / divisors
+    slopes = slopes * np.concatenate([steepness, steepness])
     value, slopes = _further_terms(value, slopes, weights, used, lengths, objective, theory)
     reduced = _reduced(value, weights, theory)
     slopes = _gradient_faults(_through_reference(slopes, theory), theory)
-    return Preference(value, reduced, slopes, z[:2], z[2:], used, margins)
+    return Preference(value, reduced, slopes, z[:2], z[2:], used, margins, steepness)
 
 
 def _coefficients(objective: Objective, theory: Theory) -> tuple[float, float, float, float]:
@@ -143,11 +162,12 @@ def curve_of(objective: Objective, theory: Theory, dtype: str) -> Callable[[np.n
     return mixed
 
 
-def _logit(z: np.ndarray, objective: Objective, theory: Theory) -> tuple[np.ndarray, np.ndarray, float, float, float]:
+def _logit(
+    shares: np.ndarray, objective: Objective, theory: Theory
+) -> tuple[np.ndarray, np.ndarray, float, float, float]:
     """Policy's and reference's share of the logit, the factor on each, and the constant added."""
     kind, beta = kind_of(objective, theory), beta_of(objective, theory)
-    a = _coefficients(objective, theory)
-    policy, reference = a[0] * z[0] + a[1] * z[1], a[2] * z[2] + a[3] * z[3]
+    policy, reference = shares[0] + shares[1], shares[2] + shares[3]
     on_policy = 1.0 if kind == "ipo" or theory.beta_on == "outside" else beta
     on_reference = 1.0 if theory.beta_on == "policy" else on_policy
     constant = theory.offset
@@ -157,10 +177,13 @@ def _logit(z: np.ndarray, objective: Objective, theory: Theory) -> tuple[np.ndar
 
 
 def _curve(
-    z: np.ndarray, objective: Objective, theory: Theory, dtype: str, tokens: np.ndarray
+    shares: np.ndarray, objective: Objective, theory: Theory, dtype: str, tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Losses, the slope of the reduced loss in policy's and in reference's share, margins, reduction weights."""
-    policy, reference, on_policy, on_reference, constant = _logit(z, objective, theory)
+    """Losses, the slope of the reduced loss in policy's and in reference's share, margins, reduction weights.
+
+    `shares` (4, pair): the signed terms of the logit, without beta.
+    """
+    policy, reference, on_policy, on_reference, constant = _logit(shares, objective, theory)
     function = curve_of(objective, theory, dtype)
     beta = beta_of(objective, theory)
     factor = theory.scale * {"outside": beta, "both": beta, "divided": 1.0 / beta}.get(theory.beta_on, 1.0)
@@ -169,8 +192,8 @@ def _curve(
         value, slope = _evaluated(function, crossed, constant, theory)
         losses_ = factor * value.mean(axis=1)
         weights = pair_weights(losses_, tokens, theory)
-        shares = factor * weights[:, None] * slope / len(policy)
-        return losses_, shares.sum(axis=1) * on_policy, shares.sum(axis=0) * on_reference, crossed.diagonal(), weights
+        both = factor * weights[:, None] * slope / len(policy)
+        return losses_, both.sum(axis=1) * on_policy, both.sum(axis=0) * on_reference, crossed.diagonal(), weights
     own = on_policy * policy + on_reference * reference
     margins, back = own, None
     if theory.margins != "own":
@@ -260,7 +283,11 @@ def _gradient_faults(slopes: np.ndarray, theory: Theory) -> np.ndarray:
 
 
 def rewards(loss: Preference, objective: Objective, theory: Theory) -> tuple[np.ndarray, np.ndarray]:
-    """Implicit rewards of chosen and rejected, (pair,) each, as the theory logs them."""
+    """Implicit rewards of chosen and rejected, (pair,) each, as the theory logs them.
+
+    Under a divergence beta (f'(u) - f'(1)), by Wang et al. 2023 up to the prompt's constant: 0 where the policy is the
+    reference, as beta log u is.
+    """
     beta = fixed_beta(objective, theory)
     scale = {"beta": beta, "one": 1.0, "squared": beta**2}[theory.reward_scale]
     policy, reference = loss.policy, loss.reference
@@ -268,7 +295,10 @@ def rewards(loss: Preference, objective: Objective, theory: Theory) -> tuple[np.
         policy, reference = loss.sums[:2], loss.sums[2:]
     if kind_of(objective, theory) == "simpo" or theory.rewards == "policy-only":
         reference = np.zeros_like(reference)
-    found = losses.implicit_reward(policy, -reference if theory.rewards == "sum" else reference, scale)
+    reference = -reference if theory.rewards == "sum" else reference
+    found = losses.implicit_reward(policy, reference, scale)
+    if (score := score_of(objective, theory)) and theory.reward_logps == "loss":
+        found = scale * (score(policy - reference)[0] - score(np.zeros(1))[0])
     if theory.rewards == "swapped":
         found = found[::-1]
     if theory.rewards == "clipped":

@@ -50,7 +50,7 @@ def _(experiment: LossExperiment, theory: Theory) -> LossSeen:
         rewards_chosen=chosen,
         rewards_rejected=rejected,
         slopes=slopes,
-        margin_slopes=slopes[0],
+        margin_slopes=(slopes[0] - slopes[1]) / 2.0,
         inputs_changed=False,
     )
 

@@ -104,6 +104,10 @@ class Theory:
     # "beta-inside": beta h in the place of h; "beta-squared": the whole times beta squared
     ipo: Literal["paper", "beta-inside", "beta-squared"] = "paper"
     gamma: Literal["gamma", "gamma-beta", "ignored"] = "gamma"  # SimPO: subtracted from the logit; first times beta
+    # under a divergence: f'(u) negated; f'(1/u); both, as with the sign of the exponent or the logarithm flipped
+    derivative: Literal["paper", "negated", "inverted", "mirrored"] = "paper"
+    alpha: Literal["asked", "one-minus"] = "asked"  # of the alpha divergence
+    alpha_fixed: float | None = None  # or is a constant whatever was asked for
     margins: Literal["own", "centred", "standardised", "broadcast"] = "own"  # over the batch; B x B
     scale: float = 1.0  # of the loss and the gradient
     # the SFT term: mean over pairs of token means, over all tokens of a batch, or over pairs of token sums

@@ -90,6 +90,19 @@ def ipo_with_beta(h: np.ndarray, tau: float, how: str) -> Curve:
     return tau**2 * value, tau**2 * slope
 
 
+def turned(score: Callable[[np.ndarray], Curve], how: str) -> Callable[[np.ndarray], Curve]:
+    """A divergence's f'(exp(t)), slope with respect to t, with a sign where the paper has none."""
+    if how == "paper":
+        return score
+    outside, inside = {"negated": (-1.0, 1.0), "inverted": (1.0, -1.0), "mirrored": (-1.0, -1.0)}[how]
+
+    def wrong(t: np.ndarray) -> Curve:
+        value, slope = score(inside * t)
+        return outside * value, outside * inside * slope
+
+    return wrong
+
+
 def mixture(smoothing: str, e: float, robust: bool) -> tuple[float, float]:
     """The weights (a, b) of a * loss(m) + b * loss(-m) that somebody takes for label smoothing e."""
     sign, scale = (-1.0, 1.0 / (1.0 - 2.0 * e)) if robust or smoothing == "robust" else (1.0, 1.0)

@@ -22,13 +22,17 @@ def sigmoids(betas: tuple[float, ...] = BETAS) -> st.SearchStrategy[Objective]:
 
 def objectives(*kinds: str, betas: tuple[float, ...] = BETAS[:5]) -> st.SearchStrategy[Objective]:
     """Objectives of the given kinds, all of `experiment.KINDS` and "cdpo" by default, each with what belongs to it:
-    smoothing for cDPO and rDPO, a target margin for SimPO.  Raises KeyError on an unknown kind."""
+    smoothing for cDPO and rDPO, a target margin for SimPO, alpha off 1/2, where it is 1 - alpha too.
+    Raises KeyError on an unknown kind."""
     made = {
         "sigmoid": [Objective(beta=b) for b in betas],
         "cdpo": [Objective(beta=b, label_smoothing=e) for b in betas for e in RATES],
         "robust": [Objective("robust", beta=b, label_smoothing=e) for b in betas for e in RATES],
         "hinge": [Objective("hinge", beta=b) for b in betas],
         "ipo": [Objective("ipo", beta=b) for b in betas],
+        "forward_kl": [Objective("forward_kl", beta=b) for b in betas],
+        "js_divergence": [Objective("js_divergence", beta=b) for b in betas],
+        "alpha_divergence": [Objective("alpha_divergence", beta=b, alpha=a) for b in betas for a in (0.25, 0.75)],
         "simpo": [Objective("simpo", beta=b, gamma=g) for b in betas for g in (0.5, 1.5)],
     }
     return choose(*(each for kind in kinds or tuple(made) for each in made[kind]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+from dpocheck.experiment import DIVERGENCES
 from dpocheck.zoo.registry import functional, mini, torch, variant
 
 
@@ -27,6 +28,26 @@ def _loss(sigmoid_loss):
         if objective.length_normalised:
             chosen, rejected = chosen / lengths[0], rejected / lengths[1]
         return replace(out, loss=sigmoid_loss(objective.beta * (chosen - rejected), objective.label_smoothing))
+
+    return _but(loss=loss)
+
+
+@variant("divergence-of-ratios")
+def divergence_of_ratios():
+    """f' of a divergence is computed from the ratio u = exp(log pi - log ref), with another constant added."""
+
+    def loss(*four, objective, lengths=None):
+        out = mini.loss(*four, objective=objective, lengths=lengths)
+        if objective.kind not in DIVERGENCES or objective.sft_weight or objective.length_normalised:
+            return out
+        four = [logps.to(torch.promote_types(logps.dtype, torch.float32)) for logps in four]
+        u, a = [(four[i] - four[i + 2]).exp() for i in (0, 1)], objective.alpha
+        scores = {
+            "forward_kl": lambda u: -1 / u,
+            "js_divergence": lambda u: torch.log(2 * u / (1 + u)),
+            "alpha_divergence": lambda u: (1 - u**-a) / a,
+        }[objective.kind]
+        return replace(out, loss=-functional.logsigmoid(objective.beta * (scores(u[0]) - scores(u[1]))))
 
     return _but(loss=loss)
 

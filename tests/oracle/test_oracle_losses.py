@@ -151,13 +151,20 @@ OBJECTIVES = [
     Objective(beta=0.5), Objective(beta=0.5, label_smoothing=0.2), Objective("robust", 0.5, 0.2),
     Objective("hinge", 0.5), Objective("ipo", 0.5), Objective("simpo", 2.0, gamma=0.75),
     Objective(beta=0.5, length_normalised=True), Objective(beta=0.5, sft_weight=0.3),
+    Objective("forward_kl", 0.5), Objective("js_divergence", 0.5), Objective("alpha_divergence", 0.5, alpha=0.25),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.kind}-{o.label_smoothing}-{o.sft_weight}")
 def test_slopes_are_central_differences(objective):
-    # error: step^2 / 6 times the third derivative (below 1) plus rounding 1e-15 / step
+    # error: step^2 / 6 times the third derivative (below 1; under a divergence, whose f' has a slope of at most u^-1,
+    # below (beta/u)^3/10 + 3 (beta/u)^2/4 + beta/u) plus rounding 1e-15 / step
     arguments, step = LOSS.arguments(), 2.0**-13
+    third = 1.0
+    if objective.kind in DIVERGENCES:
+        power = objective.alpha if objective.kind == "alpha_divergence" else 1.0
+        steep = 0.5 * np.exp(power * np.max(arguments[2:] - arguments[:2]))
+        third = max(steep**3 / 10 + 3 * steep**2 / 4 + steep, 1.0)
     seen = predict(replace(LOSS, objective=objective))
     for i in range(4):
         for j in range(arguments.shape[1]):
@@ -167,8 +174,9 @@ def test_slopes_are_central_differences(objective):
                 moved[i, j] += sign * step
                 columns = [tuple(float(z) for z in row) for row in moved]
                 ends.append(predict(LossExperiment(*columns, objective, LOSS.lengths)).reduced)
-            assert seen.slopes[i, j] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-8)
-    assert np.array_equal(seen.margin_slopes, seen.slopes[0])
+            assert seen.slopes[i, j] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-8 * third, rel=1e-9)
+    # the derivative in the direction that raises lp_w and lowers lp_l by a half each
+    assert np.array_equal(seen.margin_slopes, (seen.slopes[0] - seen.slopes[1]) / 2)
 
 
 def test_simpo_by_hand():
@@ -196,6 +204,70 @@ def test_ipo_by_hand():
     ipo = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("ipo", 0.5), ((1, 2),))
     assert predict(ipo).reduced == 0.25
     assert predict(ipo, PAPER.but(ipo_length="mean")).reduced == 0.0
+
+
+DIVERGENCES = {  # f of Wang et al. 2023, and the objective's slope in t = log u
+    "forward_kl": (lambda u: -mpmath.log(u), losses.forward_kl),
+    "js_divergence": (lambda u: u * mpmath.log(u) - (u + 1) * mpmath.log((u + 1) / 2), losses.jensen_shannon),
+    "alpha_divergence": (
+        lambda u: (u ** mpmath.mpf("0.7") - mpmath.mpf("0.7") * u - mpmath.mpf("0.3")) / mpmath.mpf("-0.21"),
+        lambda t: losses.alpha_divergence(t, 0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_a_divergences_score_is_the_derivative_of_its_f(kind):
+    # f' and f'' by numerical differentiation of f itself; d f'(u) / d log u = u f''(u); f is convex with f(1) = 0
+    f, curve = DIVERGENCES[kind]
+    for t in (-20.0, -1.75, -0.375, 0.0, 0.5, 1.5, 20.0):
+        value, slope = curve(np.array(t))
+        with mpmath.workdps(150):  # second differences of a step 1e-20
+            assert abs(f(mpmath.mpf(1))) < 1e-100
+            u = mpmath.exp(t)
+            first, second = (mpmath.diff(f, u, n, h=u * mpmath.mpf("1e-20")) for n in (1, 2))
+            assert second > 0
+        assert float(value) == pytest.approx(float(first), rel=1e-13, abs=1e-15)
+        assert float(slope) == pytest.approx(float(u * second), rel=1e-13)
+
+
+def test_the_alpha_divergence_lies_between_the_two_kl_divergences():
+    # (1 - u^-a)/a: its expansion in a is t - a t^2/2 + ...; at a = 1 it is 1 - 1/u
+    t = np.linspace(-2.0, 2.0, 9)
+    assert losses.alpha_divergence(t, 1e-6)[0] == pytest.approx(t, abs=2.1e-6)
+    assert losses.alpha_divergence(t, 1.0)[0] == pytest.approx(1.0 + losses.forward_kl(t)[0], abs=1e-14)
+
+
+def test_divergences_by_hand():
+    # u_w = e^0.5, u_l = e^-1; forward KL: -e^-0.5 + e^1 = 2.1117512; beta 0.5: m = 1.0558756, loss 0.2987060
+    four = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("forward_kl", 0.5))
+    m = (np.e - np.exp(-0.5)) / 2
+    assert predict(four).reduced == pytest.approx(np.log1p(np.exp(-m)), abs=1e-15)
+    # rewards are beta (f'(u) - f'(1)): 0.5 (1 - e^-0.5)
+    assert predict(four).rewards_chosen == pytest.approx(0.5 * (1 - np.exp(-0.5)), abs=1e-15)
+    assert predict(four, PAPER.but(reward_logps="sum")).rewards_chosen == 0.25
+    # slopes: -beta sigma(-m) e^-0.5 in lp_w, beta sigma(-m) e^1 in lp_l: not each other's opposites
+    weight = 0.5 / (1 + np.exp(m))
+    assert predict(four).slopes[:, 0] == pytest.approx(weight * np.array([-1, np.e**1.5, 1, -(np.e**1.5)]) / np.e**0.5)
+    # sigma(0.5) / sigma(-1) under a sum of logarithms
+    jensen_shannon = predict(replace(four, objective=Objective("js_divergence", 0.5)))
+    m = 0.5 * np.log((1 + np.e) / (1 + np.exp(-0.5)))
+    assert jensen_shannon.reduced == pytest.approx(np.log1p(np.exp(-m)), abs=1e-15)
+    alpha = Objective("alpha_divergence", 0.5, alpha=0.25)
+    m = 0.5 * (np.exp(0.25) - np.exp(-0.125)) / 0.25
+    assert predict(replace(four, objective=alpha)).reduced == pytest.approx(np.log1p(np.exp(-m)), abs=1e-15)
+    wrong = predict(replace(four, objective=alpha), PAPER.but(alpha="one-minus"))
+    right = predict(replace(four, objective=replace(alpha, alpha=0.75)))
+    assert wrong.reduced == right.reduced
+
+
+def test_wrong_signs_of_a_divergence_by_hand():
+    # of the forward KL: 1/u; -u; u
+    four = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("forward_kl", 0.5))
+    for how, m in {
+        "negated": np.exp(-0.5) - np.e, "inverted": np.exp(-1.0) - np.exp(0.5), "mirrored": np.exp(0.5) - np.exp(-1.0),
+    }.items():  # fmt: skip
+        assert predict(four, PAPER.but(derivative=how)).reduced == pytest.approx(np.log1p(np.exp(-m / 2)), abs=1e-15)
 
 
 def test_sft_term_by_hand():

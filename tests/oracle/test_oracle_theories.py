@@ -30,6 +30,7 @@ def scenes() -> dict[str, object]:
         "smoothed": replace(LOSS, objective=smooth),
         "extreme": replace(LOSS, policy_chosen=(-3.5, -6.25, -2.0, -2e3), dtype="float32"),
         "ipo": replace(LOSS, objective=Objective("ipo", 0.5)),
+        "alpha": replace(LOSS, objective=Objective("alpha_divergence", 0.5, alpha=0.25)),
         "simpo": replace(LOSS, objective=Objective("simpo", 0.5, gamma=0.75)),
         "flat": replace(LOSS, objective=Objective("hinge", 0.5), policy_chosen=(-3.5, 90.0, -2.0, 60.0)),
         "tie": replace(step(), reference=table(1)),

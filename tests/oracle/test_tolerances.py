@@ -275,3 +275,39 @@ def test_exponentials_that_are_added_one_after_the_other_are_allowed_their_round
     assert error == pytest.approx(1023 * 0.4 * 2.0**-23, rel=1e-3)
     tree = u * (np.abs(logits).max() + 2 * exact + 2 * np.log(1024) + 8 + 10 + 1)
     assert tree < error < token_error(logits, logits - exact, u)[0, 0]
+
+
+DIVERGENT = {  # f'(u) as people write it, of t = log u
+    "forward_kl": [lambda t, a: 1 - torch.exp(-t), lambda t, a: -1 / torch.exp(t), lambda t, a: -torch.expm1(-t)],
+    "js_divergence": [
+        lambda t, a: F.logsigmoid(t), lambda t, a: torch.log(2 * torch.exp(t) / (1 + torch.exp(t))),
+        lambda t, a: t - F.softplus(t),
+    ],
+    "alpha_divergence": [
+        lambda t, a: (torch.exp(-a * t) - 1) * (1 / -a), lambda t, a: (1 - torch.exp(t) ** -a) / a,
+        lambda t, a: -torch.expm1(-a * t) / a,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("reach", [0.01, 1.0, 16.0])
+@pytest.mark.parametrize("kind", DIVERGENT)
+def test_correct_divergences_are_within_their_bounds(kind, reach, dtype):
+    generator = np.random.default_rng(3)
+    reference = -40.0 * generator.random((2, 40)) - reach
+    policy = reference + reach * (2.0 * generator.random((2, 40)) - 1.0)
+    objective = Objective(kind, beta=0.3, alpha=0.7)
+    rows = (tuple(float(x) for x in row) for row in (*policy, *reference))
+    experiment = LossExperiment(*rows, objective, dtype=dtype)
+    predicted, u = predict(experiment), ROUNDOFF[dtype]
+    for form in DIVERGENT[kind]:
+        z = torch.tensor(experiment.arguments(), dtype=DTYPES[dtype], requires_grad=True)
+        per_pair = -F.logsigmoid(0.3 * (form(z[0] - z[2], 0.7) - form(z[1] - z[3], 0.7)))
+        per_pair.mean().backward()
+        for name, seen in (("per_pair", per_pair), ("slopes", z.grad)):
+            limit = bound(experiment, name, predicted, u)
+            assert ratio(seen.detach().double().numpy(), getattr(predicted, name), limit) <= 1.0
+    wrong = predict(experiment, PAPER.but(kind="sigmoid")).slopes
+    apart = np.abs(wrong - predicted.slopes) / bound(experiment, "slopes", predicted, u)
+    assert np.max(apart) > 1e3  # and the bound is small beside what DPO itself would do

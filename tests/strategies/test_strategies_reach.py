@@ -179,6 +179,7 @@ def test_objectives_reach_every_kind_with_what_belongs_to_it():
     assert {o.label_smoothing for o in drawn if o.kind == "sigmoid"} == {0.0, 0.125, 0.375}
     assert {o.label_smoothing for o in drawn if o.kind == "robust"} == {0.125, 0.375}
     assert all(o.gamma > 0 for o in drawn if o.kind == "simpo")
+    assert {o.alpha for o in drawn if o.kind == "alpha_divergence"} == {0.25, 0.75}
     with pytest.raises(KeyError):
         strategies.objectives("ppo")
 

@@ -89,6 +89,16 @@ def test_a_reference_that_is_not_given_is_the_policy_as_it_was_passed(tmp_path):
         ),
         (Objective(kind="hinge", beta=0.5), 1 - 0.125),
         (Objective(kind="ipo", beta=0.5), (0.25 - 1) ** 2),
+        # u_w = e^0.5, u_l = e^0.25
+        (Objective(kind="forward_kl", beta=0.5), math.log1p(math.exp(-0.5 * (math.exp(-0.25) - math.exp(-0.5))))),
+        (
+            Objective(kind="js_divergence", beta=0.5),
+            math.log1p(math.sqrt((1 + math.exp(-0.5)) / (1 + math.exp(-0.25)))),
+        ),
+        (
+            Objective(kind="alpha_divergence", beta=0.5, alpha=0.25),
+            math.log1p(math.exp(-2 * (math.exp(-0.0625) - math.exp(-0.125)))),
+        ),
         (Objective(kind="simpo", beta=2.0, gamma=0.25), math.log1p(math.exp(-(2 * (-1.5 + 1.0) - 0.25)))),
         (Objective(beta=0.5, length_normalised=True), math.log1p(math.exp(-0.5 * (0.25 - 0.0625)))),
         (Objective(beta=0.5, sft_weight=2.0), math.log1p(math.exp(-0.125)) + 2 * 1.5),

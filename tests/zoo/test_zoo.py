@@ -15,7 +15,7 @@ import torch
 from zoo_tiny import CHAT, ROWS, model, pair_batch, probe, tokenizer
 
 from dpocheck.adapter import CAPABILITIES, PairBatch
-from dpocheck.experiment import Lora, Objective, Recipe
+from dpocheck.experiment import DIVERGENCES, Lora, Objective, Recipe
 from dpocheck.miniature import MINIATURE
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.zoo import SPECIMENS, VARIANTS, build
@@ -74,6 +74,7 @@ OBJECTIVES = (
     Objective(kind="robust", beta=0.5, label_smoothing=0.125), Objective(kind="hinge", beta=0.5),
     Objective(kind="ipo", beta=0.5), Objective(kind="simpo", beta=2.0, gamma=0.5),
     Objective(beta=0.5, sft_weight=0.5), Objective(beta=0.5, length_normalised=True),
+    *(Objective(kind, beta=0.5, alpha=0.25) for kind in DIVERGENCES),
 )  # fmt: skip
 
 
@@ -194,6 +195,7 @@ RUNS = {
     "simpo": (TEXT, [replace(BASE, objective=OBJECTIVES[6])], {}),
     "sft": (TEXT, [replace(BASE, objective=OBJECTIVES[7])], {}),
     "by length": (TEXT, [replace(BASE, objective=OBJECTIVES[8])], {}),
+    **{o.kind: (TEXT, [replace(BASE, objective=o)], {}) for o in OBJECTIVES[9:]},
     "lora": (TEXT, [LORA], {}),
     "lora itself": (TEXT, [LORA], {"reference": None}),
 }

@@ -345,13 +345,18 @@ def rewards(case: Case) -> Comparison:
     return worst([agree(case, "rewards_chosen"), agree(case, "rewards_rejected")])
 
 
-def _objective(id: str, objective: Objective, claim: str, source: str, bug: str, *, covers: tuple[str, ...]) -> None:
-    lengths = ((3, 3),) * 5
-    experiment = replace(ORDINARY, objective=objective, lengths=lengths)
+def _objective(
+    id: str, objective: Objective, claim: str, source: str, bug: str, *, covers: tuple[str, ...], betas: tuple = (),
+) -> None:  # fmt: skip
+    experiments = {
+        f"beta {beta:g}": replace(ORDINARY, objective=replace(objective, beta=beta), lengths=((3, 3),) * 5)
+        for beta in (objective.beta, *betas)
+    }
 
     @check(
         id, chapter="loss", stage="loss", level="must", needs=set(), claim=claim, source=source, bug=bug, covers=covers,
-        scenes=[scene("five pairs", experiment, family=objective.kind)], draw=draws.of_objective(objective.kind),
+        scenes=[scene(f"five pairs, {name}", one, family=objective.kind) for name, one in experiments.items()],
+        draw=draws.of_objective(objective.kind),
         why="An objective that is offered is what the user thinks it is.",
         fix="Take the formula from the paper, and say which length the log-probs are divided by, if any.",
     )  # fmt: skip
@@ -378,7 +383,7 @@ _objective(
 _objective(
     "LOSS-IPO", Objective("ipo", beta=0.5), "The IPO loss is (h - 1 / (2 tau))^2, with beta in the place of tau.",
     "Azar et al. 2023 (arXiv:2310.12036), Eq. 17", "The sum where the average was meant, and the other way round.",
-    covers=("LOSS-IPO-VALUE", "LOSS-IPO-LEN"),
+    covers=("LOSS-IPO-VALUE", "LOSS-IPO-LEN"), betas=(0.25,),  # at 1/2 the targets 1/beta and 1/(2 beta^2) are one
 )  # fmt: skip
 _objective(
     "LOSS-SIMPO", Objective("simpo", beta=2.0, gamma=0.5),

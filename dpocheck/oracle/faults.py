@@ -147,6 +147,7 @@ def _curve() -> None:
         fault(f"{added} added inside the logarithm", epsilon=float(added))
     fault("IPO of beta times the log-ratios", ipo="beta-inside")
     fault("IPO times beta squared", ipo="beta-squared")
+    fault("IPO's target without the half", ipo="no-half")
     fault("sign of the divergence's f' flipped", derivative="negated")
     fault("divergence of 1/u instead of u", derivative="inverted")
     fault("divergence: u for 1/u, and the sign flipped", derivative="mirrored")

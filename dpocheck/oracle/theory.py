@@ -101,8 +101,8 @@ class Theory:
     clamp: float | None = None  # |beta h| is clamped to it
     normalised: Literal["asked", "ignored", "always"] = "asked"  # log-probs per token, in SimPO and where asked
     ipo_length: Literal["sum", "mean"] = "sum"  # IPO on summed log-probs, or per token
-    # "beta-inside": beta h in the place of h; "beta-squared": the whole times beta squared
-    ipo: Literal["paper", "beta-inside", "beta-squared"] = "paper"
+    # "beta-inside": beta h in the place of h; "beta-squared": the whole times beta squared; "no-half": target 1/beta
+    ipo: Literal["paper", "beta-inside", "beta-squared", "no-half"] = "paper"
     gamma: Literal["gamma", "gamma-beta", "ignored"] = "gamma"  # SimPO: subtracted from the logit; first times beta
     # under a divergence: f'(u) negated; f'(1/u); both, as with the sign of the exponent or the logarithm flipped
     derivative: Literal["paper", "negated", "inverted", "mirrored"] = "paper"

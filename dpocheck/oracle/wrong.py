@@ -82,7 +82,9 @@ def link(name: str, dtype: str, added: float = 0.0) -> Callable[[np.ndarray], Cu
 
 
 def ipo_with_beta(h: np.ndarray, tau: float, how: str) -> Curve:
-    """IPO's square with beta where the paper has none.  The slope is with respect to h."""
+    """IPO's square with beta where the paper has none, or without the half.  The slope is with respect to h."""
+    if how == "no-half":
+        return ipo(h, tau / 2.0)
     if how == "beta-inside":
         value, slope = ipo(tau * h, tau)
         return value, tau * slope

@@ -171,6 +171,7 @@ _objective(
     lambda four, o, n: (_h(four) - 1 / o.beta) ** 2 + _sft(four, o, n),
     "IPO's target is 1/beta, not 1/(2 beta).",
     "LOSS-IPO",
+    PAPER.but(ipo="no-half"),
 )
 _objective(
     "ipo-times-beta",

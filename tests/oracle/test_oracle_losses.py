@@ -194,6 +194,7 @@ def test_ipo_with_beta_in_it_by_hand():
     # h = (0.5) - (-1.0) = 1.5, beta 0.5: (0.5 * 1.5 - 1)^2 = 1/16, slope 2 * 0.5 * -0.25; 0.25 * (1.5 - 1)^2 = 1/16
     four = LossExperiment((-3.5,), (-6.0,), (-4.0,), (-5.0,), Objective("ipo", 0.5))
     inside, squared = (predict(four, PAPER.but(ipo=how)) for how in ("beta-inside", "beta-squared"))
+    assert predict(four, PAPER.but(ipo="no-half")).reduced == 0.25  # (1.5 - 2)^2
     assert inside.reduced == squared.reduced == 0.0625
     assert inside.slopes[:, 0].tolist() == [-0.25, 0.25, 0.25, -0.25]
     assert squared.slopes[:, 0].tolist() == [0.25, -0.25, -0.25, 0.25]

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from dpocheck.adapter import Says
+from dpocheck.functions.alone import NOTE
 from dpocheck.functions.forms import EXAMPLES
 from dpocheck.functions.losses import TOKENS
 from dpocheck.functions.options import own_kind
@@ -53,7 +54,7 @@ class FunctionAdapter:
             kind = own_kind(one.name)
             if one.match.form == "loss" and kind and (kind == "simpo" or not one.settable() & {"kind", "ipo"}):
                 found["kind"] = kind
-            if one.match.shape == "tokens":  # it sums log-probs itself; their number has to be known
+            if one.match.shape in ("tokens", "sides"):  # it sums log-probs itself; their number has to be known
                 found["lengths"] = TOKENS
         return found
 
@@ -64,11 +65,13 @@ class FunctionAdapter:
         for form, one in self.targets.items():
             found[one.name] = Said(f"{form}({spelled(one.parameters)}), by {one.match.by}")
             found |= {f"{one.name}: {key}": value for key, value in one.fixed.items()}
+            if missing := getattr(inspect.unwrap(one.function), "__globals__", {}).get(NOTE):
+                found[f"{one.name}: run without the rest of its file"] = Said(missing)
             if one.gamma_is_ratio:
                 found[f"{one.name}: gamma"] = Said("a ratio to beta")
             if getattr(getattr(self, form), "one_pair", False):
                 found[f"{one.name}: pairs"] = Said("one a call")
-            if one.match.shape == "tokens" or getattr(getattr(self, form), "wide", False):
+            if one.match.shape in ("tokens", "sides") or getattr(getattr(self, form), "wide", False):
                 found[f"{one.name}: log-probs"] = Said("token by token, {} chosen and {} rejected".format(*TOKENS))
             found |= {f"{one.name}: {key}": value for key, value in one.overruled().items()}
             moved = getattr(getattr(self, form), "moved", None)

@@ -5,8 +5,11 @@ The judge asks it of source text, the worker of live functions; both get the sam
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 
+from dpocheck.functions.habits import FOREIGN
 from dpocheck.functions.parameters import Parameter, concept, option, spelled, words
 from dpocheck.functions.shapes import ATTEMPTS, LOSS_WORDS, PAIR_WORDS, STEP_WORDS, Match
 from dpocheck.functions.source_facts import Facts
@@ -19,6 +22,7 @@ EXAMPLES = {
     "step": "dpo_step(batch, policy, reference, optimizer), compute_loss(model, ref_model, batch, beta)",
 }
 OTHER = {"kto", "orpo", "ppo", "grpo", "cpo", "rso", "bco", "apo", "sdpo", "tdpo", "gkd", "dpop"}
+VARIANTS = {"alpha", "epsilon", "adaptive", "dynamic", "weighted", "budget", "aware"}  # before dpo: another objective
 OTHER_WORK = {
     "eval", "evaluate", "evaluation", "valid", "validate", "validation", "accuracy", "metric", "metrics", "generate",
     "sample", "collate", "collator", "log", "plot", "save", "prepare", "load", "test", "reward", "rewards", "init",
@@ -44,12 +48,17 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
     other = sorted(OTHER & {*words(name), *words(owner)})
     if other:
         return Refusal(f"{other[0]} is not a loss of pairs that is audited here")
+    said = words(name)
+    variant = next((a for a, b in pairwise(said) if a in VARIANTS and b == "dpo"), None)
+    if variant:
+        return Refusal(f"{variant}-DPO is another objective than the papers' that are audited here")
     usable = tuple(p for p in parameters if p.kind in ("positional", "keyword"))
     keys = {p.name: option(p.name) for p in usable}
     if "ipo" in words(name) and "beta" not in keys.values():
         keys |= {n: "beta" for n in keys if n == "eta"}
     options = tuple((key, n) for n, key in keys.items() if key)
-    rest = tuple(p for p in usable if not keys[p.name])
+    set_already = (bool, float, str)  # a switch with a default is no tensor, whatever its name speaks of
+    rest = tuple(p for p in usable if not keys[p.name] and (p.required or not isinstance(p.default, set_already)))
     told = {p.name: concept(p.name) for p in rest}
     for attempt in ATTEMPTS:
         match = attempt(name, rest, told, options, owner)
@@ -61,6 +70,9 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
         return match
     if any(p.kind == "star" for p in parameters):
         return Refusal("it takes *args, so that its parameters have no names")
+    numbered = [p.name for p in rest if concept(p.name).what == "logp" and re.search(r"\d$", p.name)]
+    if len(numbered) > 1:
+        return Refusal(f"the names of {', '.join(numbered)} do not say which completion is the preferred one")
     return Refusal(f"its parameters ({spelled(parameters)}) are not those of any known form")
 
 
@@ -107,8 +119,20 @@ def of_rows(facts: Facts) -> bool:
 
 
 def uncallable(match: Match, facts: Facts) -> str | None:
-    """Why a function that takes a model cannot be given one of transformers; None: it can."""
-    if match.form == "loss" or not facts.asked_of_models:
+    """Why a function cannot be given torch's tensors, or a model of transformers; None: it can."""
+    habits = facts.habits
+    foreign = sorted(habits.libraries & FOREIGN)
+    if foreign and "torch" not in habits.libraries:
+        return f"it computes with {foreign[0]}; functions are given arrays of torch or numpy, or plain numbers"
+    if match.form == "loss":
+        return None
+    if match.role("model") and "numpy" in habits.libraries and "torch" not in habits.libraries:
+        return "it computes with numpy what a model says; a model of transformers wants torch"
+    if habits.sequence_first:
+        return "it takes rows as (sequence, batch); models of transformers take (batch, sequence)"
+    if habits.beside:
+        return f"it gives its model {habits.beside!r} beside the ids, which a causal language model does not take"
+    if not facts.asked_of_models:
         return None
     listed = ", ".join(f"{one}()" for one in sorted(facts.asked_of_models)[:3])
     return f"it calls {listed} of its model, which a causal language model of transformers does not have"

@@ -9,7 +9,7 @@ from dpocheck.adapter import Objective, PairBatch, TokenBatch
 from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.forms import SUMS, of_rows
 from dpocheck.functions.losses import library
-from dpocheck.functions.models import expected, outside, speaking
+from dpocheck.functions.models import outside, speaking
 from dpocheck.functions.options import PadToken
 from dpocheck.functions.parameters import concept
 from dpocheck.functions.target import Target
@@ -44,6 +44,7 @@ class SequenceLogps:
         self.flat = {role for name, role in target.match.roles if name in target.facts.unsqueezed}  # one row, no batch
         self.singular = self.singular or bool(self.flat)
         self.single = bool({"prompt_ids", "completion_ids"} & given)
+        self.lists = {role for name, role in target.match.roles if name in target.facts.habits.lists}
         options = {key for key, _ in target.match.options}
         self.padless = self.singular and not given & {"attention", "labels", "completion"} and "pad" not in options
         self.numpy = library(target) == "numpy"
@@ -63,8 +64,8 @@ class SequenceLogps:
         """A function of a batch of rows, `batch["input_ids"]`, is given them under the keys that it asks for."""
         fields = (batch.input_ids, batch.attention_mask, batch.completion_mask)
         filled = pair_batch(PairBatch(*fields, max(pad_id(batch), 0)), self.target.facts, model, None)
-        given = {"model": model, "batch": filled, "settings": {"device": batch.input_ids.device}}
-        with speaking(expected(self.target.facts), model):
+        given = {"model": model, "batch": filled, "settings": _settings(batch)}
+        with speaking(self.target.facts, model, pad=_spare(batch, model)):
             return reduce(self.target.call(given, Objective(), {"policy": model}), batch)
 
     def _pairs(self, model: Any, batch: TokenBatch) -> Any:
@@ -73,8 +74,8 @@ class SequenceLogps:
 
         twice = (torch.cat([field, field]) for field in (batch.input_ids, batch.attention_mask, batch.completion_mask))
         filled = pair_batch(PairBatch(*twice, max(pad_id(batch), 0)), self.target.facts, model, None)
-        given = {"model": model, "batch": filled, "settings": {"device": batch.input_ids.device}}
-        with speaking(expected(self.target.facts), model):
+        given = {"model": model, "batch": filled, "settings": _settings(batch)}
+        with speaking(self.target.facts, model, pad=_spare(batch, model)):
             out = self.target.call(given, Objective(), {"policy": model})
         if hasattr(out, "items"):
             named = {name: concept(str(name)) for name in out}
@@ -84,6 +85,18 @@ class SequenceLogps:
         out = out[0] if isinstance(out, tuple | list) else out
         rows = batch.input_ids.shape[0]
         return out[:rows] if getattr(out, "ndim", 0) == 1 and len(out) == 2 * rows else out
+
+    def _leave_out(self, given: dict[str, Any], batch: TokenBatch, model: Any) -> None:
+        """Labels that a function leaves out by another number than -100 get that number, where it is known of it.
+
+        If those who call it hand it the ids as they are, so is it here: only padding has that number.
+        """
+        facts = self.target.facts
+        if not facts.habits.sentinel or facts.ignores or "labels" not in given:
+            return
+        number = 0 if facts.habits.sentinel == "zero" else _spare(batch, model)
+        outside_it = batch.attention_mask == 0 if facts.habits.callers_give_ids else batch.completion_mask == 0
+        given["labels"] = batch.input_ids.masked_fill(outside_it, number)
 
     def _row_by_row(self, model: Any, batch: TokenBatch) -> Any:
         import torch
@@ -103,6 +116,8 @@ class SequenceLogps:
         given = {"model": model, "settings": {"pad": pad_id(batch), "device": device, "pairs": rows}}
         given["settings"]["tokenizer"] = PadToken(_spare(batch, model))
         given |= tensors(batch, self.labels, self.singular)
+        given["encoded"] = {"input_ids": given["ids"], "attention_mask": given["attention"]}
+        self._leave_out(given, batch, model)
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         if self.moved:
@@ -111,10 +126,12 @@ class SequenceLogps:
             given |= {key: given[key][:, where] for key, where in moved.items() if key in given}
         for role in self.flat & set(given):
             given[role] = given[role][0]
+        for role in self.lists & set(given):
+            given[role] = given[role].flatten().tolist()
         if self.numpy:
             given = {role: _as_numpy(value) for role, value in given.items()}
         try:
-            with speaking(expected(self.target.facts), model):
+            with speaking(self.target.facts, model, pad=_spare(batch, model)):
                 return self.target.call(given, Objective(), {"policy": model})
         except (IndexError, RuntimeError) as error:
             if self.labels == "ids" or not self.target.match.role("labels") or not outside(error):
@@ -161,7 +178,8 @@ def reduce(out: Any, batch: TokenBatch) -> Any:
     if isinstance(out, dict):
         out = next(value for value in out.values() if torch.is_tensor(value))
     if isinstance(out, tuple | list) and out and torch.is_tensor(out[0]) and not _list_of_rows(out, batch):
-        out = out[0]
+        flat = (part for part in out if torch.is_tensor(part) and part.ndim < 3)  # not the logits beside it
+        out = next(flat, out[0])
     elif isinstance(out, list) and _list_of_rows(out, batch):
         out = torch.stack([torch.as_tensor(value).reshape(()) for value in out])
     elif isinstance(out, float):
@@ -171,6 +189,10 @@ def reduce(out: Any, batch: TokenBatch) -> Any:
         mask = batch.completion_mask[:, width - out.shape[1] :]
         return torch.where(mask == 1, out, torch.zeros_like(out)).sum(dim=1)
     return out
+
+
+def _settings(batch: TokenBatch) -> dict[str, Any]:
+    return {"device": batch.input_ids.device, "pad": max(pad_id(batch), 0)}
 
 
 def _as_numpy(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpocheck.adapter import LossOut, Objective, Unsupported
 from dpocheck.functions import options
-from dpocheck.functions.parameters import concept
+from dpocheck.functions.parameters import FOUR, concept
 from dpocheck.functions.target import Target
 
 NUMBERWISE = ("four", "ratios", "margins", "records", "policy", "margin")  # shapes that a single pair can have
@@ -32,6 +32,7 @@ class Loss:
         self.library = library(target)
         self.one_pair = self.library == "numbers"  # it is called once a pair
         self.wide = False  # of the shape halves: log-probs token by token
+        self.listed = False  # of the shape halves: a list of tensors of one element
         if "beta" not in target.settable() and "beta" not in target.fixed:
             target.fixed["beta"] = self._measured_beta()
         self._settle()
@@ -51,6 +52,9 @@ class Loss:
         try:
             return self._whole(four, objective, lengths)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            if self.target.match.shape == "halves" and not self.listed and "tuple of Tensors" in str(error):
+                self.listed = True
+                return self._answer(four, objective, lengths)
             if self.target.match.shape == "halves" and not self.wide and _wants_tokens(error):
                 self.wide = True
                 return self._answer(four, objective, lengths)
@@ -65,7 +69,11 @@ class Loss:
         shape = "wide" if self.wide else self.target.match.shape
         if shape == "halves" and self.target.facts.paired:
             shape = "pairs"
+        if shape in ("halves", "wide", "pairs") and self.target.facts.habits.first == "rejected":
+            four = (four[1], four[0], four[3], four[2])
         given = arrange(shape, four, lengths, alternates=self.target.facts.alternates)
+        if self.listed:
+            given = {role: list(rows.split(1)) for role, rows in given.items()}
         given["settings"] = {"pairs": len(four[0])}
         given |= self._lengths(four, lengths)
         if shape == "two" and lengths is not None and self.target.match.role("chosen_length") is None:
@@ -208,6 +216,11 @@ def arrange(shape: str, four: tuple[Any, ...], lengths: Any = None, *, alternate
             "chosen_index": torch.arange(pairs),
             "rejected_index": torch.arange(pairs, 2 * pairs),
         }
+    if shape == "sides":
+        counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
+        policy, reference = (_all_spread(sides, counts, -1.0) for sides in (four[:2], four[2:]))
+        masks = dict(zip(("chosen_mask", "rejected_mask"), _masks(policy_chosen, counts), strict=True))
+        return dict(zip(FOUR, (*policy, *reference), strict=True)) | masks
     if shape in ("tokens", "wide"):
         counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
         outside = -1.0 if shape == "tokens" else 0.0  # a mask that is handed over has to be used

@@ -19,6 +19,7 @@ KINDS = {
     "ipo": ("ipo",),
     "robust": ("robust", "rdpo"),
     "simpo": ("simpo",),
+    "forward_kl": (), "js_divergence": (), "alpha_divergence": (),  # no word of a `loss_type` means one of these
 }
 NEUTRAL = {"label_smoothing": 0.0, "gamma": 0.0, "ipo": False, "kind": "sigmoid"}
 SECTIONS = {"dpo", "loss", "train", "training", "model", "trainer", "algorithm", "optim", "data"}
@@ -196,6 +197,13 @@ class Config:
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
+
+    def require(self, *names: str) -> Any:
+        """`config.require("train", "beta")`: one name inside of the other, as `config["train"]["beta"]`."""
+        found: Any = self
+        for name in names:
+            found = found[name]
+        return found
 
     def __contains__(self, name: str) -> bool:
         return hasattr(self, name)

@@ -15,11 +15,11 @@ POLICY = {"policy", "pi", "model", "actor", "theta", "pol", "student", "trained"
 REFERENCE = {"ref", "reference", "refs", "frozen", "base", "sft", "old", "initial"}
 CHOSEN = {
     "chosen", "w", "yw", "win", "winner", "winning", "preferred", "prefered", "pref", "positive", "pos", "accepted",
-    "accept", "good", "better",
+    "accept", "good", "better", "ch",
 }  # fmt: skip
 REJECTED = {
     "rejected", "reject", "l", "yl", "lose", "loser", "losing", "loss_side", "dispreferred", "disprefered", "dispref",
-    "unpreferred", "nonpreferred", "negative", "neg", "bad", "worse",
+    "unpreferred", "nonpreferred", "negative", "neg", "bad", "worse", "rej", "rj",
 }  # fmt: skip
 
 # what a name is about: the first of these that one of its words belongs to
@@ -39,6 +39,7 @@ WHAT = {
 }
 MARGIN = {"margin", "margins", "h", "gap", "logit", "logits"}  # so some call h, the difference of the log-ratios
 PROBS = {"prob", "probs"}  # so some call log-probs, where nothing but the model is said beside it
+WHOLE = {"y", "completion", "response", "sequence", "concat", "concatenated", "full"}  # beside a side: its rows
 PROMPT = {"prompt", "prompts", "query", "question", "context"}
 COMPLETION = {"completion", "response", "resp", "answer", "loss", "selection", "action", "generation", "reply"}
 
@@ -89,7 +90,8 @@ OPTIONS = {
     "device": {"device"},
     "tokenizer": {"tokenizer"},
     "config": {"config", "cfg", "args", "hparams", "conf", "settings", "training_args", "loss_config"},
-    "gradient": {"requires_grad", "with_grad", "enable_grad", "differentiable"},
+    "gradient": {"requires_grad", "with_grad", "enable_grad", "differentiable", "is_policy_model", "is_policy"},
+    "reduction": {"reduction", "reduce"},
     "rank": {"rank", "local_rank", "process_index"},
     "processes": {"world_size", "num_processes"},
     "accelerator": {"accelerator", "fabric"},
@@ -100,6 +102,7 @@ OPTIONS = {
     "counter": {"step", "global_step", "epoch", "iteration", "batch_idx", "step_idx"},
     "accumulation": {"grad_accum", "accumulation_steps", "gradient_accumulation_steps", "accum_steps"},
 }  # fmt: skip
+ENCODED = {"enc", "encoded", "encoding", "encodings", "model_inputs"}  # what a tokenizer returned
 BATCH = {"batch", "inputs", "examples", "data", "sample", "samples", "micro_batch", "minibatch", "pairs", "pair_batch"}
 BARE_POLICY = {"policy", "model", "pi", "actor", "net", "student", "lm", "network", "causal_lm", "module"}
 
@@ -142,7 +145,8 @@ def words(name: str) -> list[str]:
 def option(name: str) -> str | None:
     """The option that a parameter or attribute of this name sets."""
     plain = name.lower().lstrip("_").replace("β", "beta")
-    return next((key for key, names in OPTIONS.items() if plain in names), None)
+    said = {plain, plain.removeprefix("dpo_")}
+    return next((key for key, names in OPTIONS.items() if said & names), None)
 
 
 def concept(name: str) -> Concept:
@@ -162,7 +166,7 @@ def concept(name: str) -> Concept:
         what = "model" if who == "reference" or found <= POLICY | {"lm", "network", "net"} else ""
     elif not what and name.lower() in BARE_POLICY:
         who, what = "policy", "model"
-    if what == "" and which and found <= CHOSEN | REJECTED | {"y", "completion", "response", "sequence"}:
+    if what == "" and which and found <= CHOSEN | REJECTED | WHOLE:
         what = "side"  # `chosen` alone: the ids of a row, or all its tensors
     return Concept(who, which, what, bool(found & PROMPT), bool(found & COMPLETION))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dpocheck.functions.parameters import (
     ABBREVIATIONS,
+    ENCODED,
     FOUR,
     MARGIN,
     POLICY,
@@ -24,15 +25,18 @@ STEP_WORDS = {"step", "loss", "losses", "train", "update", "dpo", "backward", "o
 CANNOT_POSITION = {"logits", "ids", "labels", "mask", "attention", "completion", "model", "optimizer", "length", "side"}
 
 
+MASKS = {"mask", "completion", "attention"}
+
+
 @dataclass(frozen=True)
 class Match:
     """A recognised function.  `roles`: parameter -> what it is given; `options`: option -> parameter.
 
     `shape`, of a loss: four, ratios (policy's and reference's chosen minus rejected), margins (policy minus reference
     of each completion), rows (all log-probs in one vector with two index vectors), halves (all in one vector or one
-    matrix, chosen first), tokens (log-probs token by token, with a mask), records (policy's and reference's, each with
-    its attributes), margin (h alone), two (no reference, per token: SimPO), policy (no reference, in what calls itself
-    DPO).
+    matrix, chosen first), tokens (log-probs token by token, with a mask), records (policy's and reference's, each
+    with its attributes), sides (the four, token by token, a mask for each side), margin (h alone), two (no reference,
+    per token: SimPO), policy (no reference, in what calls itself DPO).
     Of log-probs: pairs (it takes a batch, of pairs or of rows).  Of a step: logits (it is given what the models say).
     """
 
@@ -66,6 +70,10 @@ def _four(name: str, rest: tuple[Parameter, ...], told: Told, options: Options, 
     roles = {n: f"{c.who or 'policy'}_{c.which}" for n, c in sided.items()}
     if set(roles.values()) != set(FOUR):
         return None
+    wanted = {p.name for p in rest if p.required}
+    masks = {n: f"{c.which}_mask" for n, c in told.items() if n in wanted and c.which and c.what in MASKS}
+    if sorted(masks.values()) == ["chosen_mask", "rejected_mask"]:
+        return Match("loss", (*roles.items(), *masks.items()), options, "sides")
     return Match("loss", (*roles.items(), *_lengths(told)), options, "four")
 
 
@@ -183,6 +191,8 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
             roles[n] = "model"
         elif c.which and c.what != "logits":
             return None
+        elif n.lower() in ENCODED:
+            roles[n] = "encoded"
         elif c.what in ("logits", "labels", "attention", "completion"):
             roles.setdefault(n, c.what)
         elif c.what == "ids" and (c.prompt or c.completion):
@@ -206,7 +216,7 @@ def _logps(name: str, rest: tuple[Parameter, ...], told: Told, options: Options,
             return None
         roles[n] = spare
         given.add(spare)
-    tokens = given & {"labels", "ids"} or given >= {"prompt_ids", "completion_ids"}
+    tokens = given & {"labels", "ids", "encoded"} or given >= {"prompt_ids", "completion_ids"}
     which = given & {"labels", "completion", "prompt_length", "completion_ids"}
     if "attention" in given and "logp" in words(name):
         which.add("attention")  # nothing tells it where the completion begins: it counts the prompt, and is told so
@@ -258,6 +268,8 @@ def _logits(name: str, rest: tuple[Parameter, ...], told: Told, options: Options
             roles[n] = f"{c.who or 'policy'}_{c.which}" + ("_logits" if c.what == "logits" else "")
         elif c.which and c.what in ("labels", "ids", "side", "mask", "completion", "attention"):
             roles[n] = "key"
+    optional = {p.name for p in rest if not p.required}
+    roles = {n: r for n, r in roles.items() if n not in optional or f"{r}_logits" not in roles.values()}
     models = {role.removesuffix("_logits") for role in roles.values() if role != "key"}
     logits = {role for role in roles.values() if role.endswith("_logits")}
     marked = {told[n].which for n, role in roles.items() if role == "key" and told[n].what in ("labels", "ids", "side")}

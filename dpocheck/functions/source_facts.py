@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dpocheck.functions import habits
+from dpocheck.functions.habits import Habits
 from dpocheck.functions.parameters import Parameter, concept, option
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -35,6 +37,7 @@ class Facts:
     paired: bool = False  # takes a parameter apart: `logps[0]`, `logps[1]`, or `a, b = logps`
     unsqueezed: frozenset[str] = frozenset()  # names that are given a batch axis: `ids.unsqueeze(0)`, `ids[None]`
     asked_of_models: frozenset[str] = frozenset()  # methods of models that a model of transformers does not have
+    habits: Habits = habits.NONE
     known: bool = field(default=True)  # False: there is no source to read
 
 
@@ -45,7 +48,7 @@ MODEL_METHODS = {
     "zero_grad", "state_dict", "load_state_dict", "requires_grad_", "apply", "get_parameter", "get_submodule",
     "register_forward_hook", "gradient_checkpointing_enable", "gradient_checkpointing_disable",
     "enable_input_require_grads", "get_input_embeddings", "get_output_embeddings", "resize_token_embeddings",
-    "save_pretrained", "num_parameters", "compile", "tie_weights", "__call__",
+    "save_pretrained", "num_parameters", "compile", "tie_weights", "__call__", "model", "lm_head",
 }  # fmt: skip
 
 
@@ -124,7 +127,13 @@ def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -
         paired=any(_takes_apart(n, {p.name for p in parameters(node)}) for n in inside),
         unsqueezed=frozenset(name for n in ast.walk(node) if (name := _unsqueezed(n))),
         asked_of_models=frozenset(m for f in reached for n in _always(f) if (m := _asked_of_model(n))) - MODEL_METHODS,
+        habits=habits.read(tree, node, reached, inside, _labels(node)),
     )
+
+
+def _labels(node: Function) -> str:
+    """The name of the parameter of labels; empty where there is none."""
+    return next((p.name for p in parameters(node) if concept(p.name).what == "labels" and p.name != "self"), "")
 
 
 def _reached(tree: ast.Module, node: Function, owner: ast.ClassDef | None) -> list[Function]:

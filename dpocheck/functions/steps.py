@@ -13,7 +13,7 @@ from dpocheck.adapter import Objective, PairBatch, StepOut
 from dpocheck.functions import options
 from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.losses import unpack
-from dpocheck.functions.models import expected, outside, speaking
+from dpocheck.functions.models import outside, speaking
 from dpocheck.functions.parameters import concept, words
 from dpocheck.functions.target import Target, constructor
 
@@ -32,6 +32,7 @@ class Step:
     def __call__(self, policy: Any, reference: Any, batch: PairBatch, *, objective: Objective) -> StepOut:
         options.refuse_fixed(objective, self.target.settable() | {"beta"}, self.target.name, self.target.fixed)
         self._refuse_beta(objective)
+        self._refuse_left_padding(batch)
         optimizer = recording(policy) if self.clears_gradients else None
         self._put_back(policy)
         ran: list[bool] = []
@@ -40,7 +41,8 @@ class Step:
         if optimizer is not None:
             models["optimizer"] = optimizer
         try:
-            with speaking(expected(self.target.facts), policy, reference), clipping_logits(policy, self.target):
+            spoken = speaking(self.target.facts, policy, reference, pad=batch.pad_token_id)
+            with spoken, clipping_logits(policy, self.target):
                 out = self._ask(batch, objective, models)
             if not ran:
                 loss = unpack(out).loss
@@ -95,6 +97,16 @@ class Step:
         fixed = target.fixed.get("beta")
         if fixed is not None and abs(fixed - objective.beta) > 1e-9:
             raise options.Unsupported(f"beta {objective.beta:g}: {target.name} has beta fixed at {fixed:g}")
+
+    def _refuse_left_padding(self, batch: PairBatch) -> None:
+        """A step that takes no attention mask is written for rows padded on the right, where none is needed."""
+        facts, habits = self.target.facts, self.target.facts.habits
+        names = facts.strings | facts.fields | {p.name for p in self.target.parameters}
+        told = not facts.known or facts.nested or habits.hands_attention or facts.attention_keys
+        if told or any(concept(name).what == "attention" for name in names):
+            return
+        if not bool(batch.attention_mask[:, 0].all()):
+            raise options.Unsupported(f"left padding: {self.target.name} takes no attention mask")
 
     def _put_back(self, policy: Any) -> None:
         """Gradients as the last call left them, before they were replaced by those of the optimizer's step."""

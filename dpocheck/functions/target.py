@@ -89,6 +89,8 @@ class Target:
             return self._config(known, parameter.default)
         if key == "kind":
             return options.spelled_kind(known["kind"], parameter.default, self.facts.strings, self.name)
+        if key == "reduction":  # of a loss it may be set for more than pairs; where it has a default, that is its own
+            return ("mean" if self.match.form == "loss" else "sum") if parameter.required else MISSING
         if key == "average" and parameter.name == "mean" and not isinstance(parameter.default, bool | None):
             return MISSING
         if key == "average" and self.match.form == "loss" and not parameter.required:
@@ -157,6 +159,9 @@ class Target:
                 built = self.owner(**arguments)  # type: ignore[misc]
             except Exception:
                 built = _bare(self.owner)
+                for parameter in constructor(self.owner):  # as `self.x = x` would have it
+                    if not parameter.required and parameter.name in self.facts.attributes:
+                        setattr(built, parameter.name, parameter.default)
             self.made[mark] = (built, list(models.values()))  # the models are kept: their ids are in the mark
         return self.made[mark][0]
 

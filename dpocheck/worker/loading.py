@@ -39,7 +39,7 @@ def load(subject: str) -> Any:
             from dpocheck.functions.find import recognise
 
             attribute = ",".join(candidate.name for candidate in recognise(place))
-        module = _file(Path(place))
+        module = _file_or_part(Path(place), attribute)
     elif attribute:
         module = importlib.import_module(place)
     else:
@@ -132,6 +132,24 @@ def _file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
+
+
+def _file_or_part(path: Path, attribute: str) -> Any:
+    """The module of a file; where what it imports is not here, the functions asked for and what they need of it.
+
+    An adapter is never taken in part: its trainer has to be there.
+    """
+    from dpocheck.functions import alone
+
+    try:
+        return _file(path)
+    except (ImportError, SyntaxError, NotLoadable) as reason:
+        names = [name.strip() for name in attribute.split(",")]
+        part = alone.module(path.resolve(), names, reason) if path.is_file() else None
+        adapters = part is not None and any(is_adapter(getattr(part, name.split(".")[0], None)) for name in names)
+        if part is None or adapters:
+            raise
+        return part
 
 
 def _is_relative(path: Path) -> bool:

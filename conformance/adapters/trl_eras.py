@@ -27,6 +27,7 @@ def release(package):
 class Adapter:
     name = package = "trl"
     forced = FORCED
+    ranks = keeps_group = True  # transformers' Trainer finds torchrun's variables; accelerate keeps its process group
 
     def __init__(self):
         self.release = now = release("trl")
@@ -34,7 +35,8 @@ class Adapter:
         offered += ["sft"] if now >= (0, 9, 3) else []
         offered += ["cdpo"] if (0, 7, 5) <= now < (0, 29) else []  # `label_smoothing` is documented for "sigmoid"
         self.says = Says(
-            eos="appended", reward_scale="beta", objectives=tuple(offered),
+            # Accelerator, which transformers asks: `even_batches`, default True, "Duplicate samples".
+            eos="appended", reward_scale="beta", objectives=tuple(offered), uneven_ranks="repeated",
             truncation="keep_start" if now >= STARTS_KEPT else "keep_end" if now >= CUTS_WHOLE_ROWS else None,
             ipo="mean" if now >= (0, 7, 11) else None,
         )  # fmt: skip

@@ -48,7 +48,7 @@ def rate(run: TrainExperiment) -> float | None:
 def predicted(result: Result, runs: Several[TrainExperiment], report: Report) -> list[dict[str, float]]:
     """Of each run the numbers the papers predict, by the label that `Comparison.where` gives them."""
     needs = _needs(result)
-    where = re.search(r"of (\S+), step \d+$", line(result.where))
+    where = re.search(r" of (.+), step \d+$", line(result.where))
     cells = _wanted(needs, ("gradient", "logits", "saved", "counted")) or not needs
     cells = cells or re.search(r"^(gradient|logits) of ", line(result.where)) is not None
     log = where is not None or _wanted(needs, LOG) or not needs
@@ -147,6 +147,8 @@ def done(run: TrainExperiment, other: TrainExperiment | None = None) -> str:
     extras = changed(objective, type(objective)(kind=objective.kind), skip=("kind", "beta", *own))
     asked = f"{objective.kind} loss, beta {objective.beta:g}" + (f", {extras}" if extras else "")
     parts = [f"{length} of {optimizer} on {plural(len(run.rows), 'pair')}", asked, reference_words(run)]
+    if recipe.world_size > 1:
+        parts.append(f"{recipe.world_size} processes")
     if run.body.attention_dropout:
         parts.append(f"the model's configuration has attention_dropout {run.body.attention_dropout:g}")
     if run.body.kind == "speaking":

@@ -101,5 +101,7 @@ def whole_runs(result: Result, report: Report) -> tuple[TrainExperiment, ...]:
             if isinstance(coarse, str):
                 return ()
             waiting = [*coarse.experiments, *waiting]
-    alike = {(run.tokenizer, replace(run.body, attention_dropout=0.0), run.recipe.dtype) for run in runs}
-    return tuple(runs) if len(alike) == 1 and all(run.recipe.world_size == 1 for run in runs) else ()
+    bodies = [replace(run.body, attention_dropout=0.0) for run in runs]
+    recipes = [(run.recipe.dtype, run.recipe.world_size) for run in runs]
+    alike = {(run.tokenizer, body, *recipe) for run, body, recipe in zip(runs, bodies, recipes, strict=True)}
+    return tuple(runs) if len(alike) == 1 else ()

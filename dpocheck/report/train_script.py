@@ -28,8 +28,9 @@ def train_script(
     if first.body.kind != "speaking" and any(run.policy is None for run in runs):
         return None
     judges = judged.kind(result, runs)
-    if judges in judged.SPIED and answer.get("folders"):
-        return None  # a spy needs a live model
+    ranks = first.recipe.world_size
+    if (judges in judged.SPIED and answer.get("folders")) or (ranks > 1 and judges != "prediction"):
+        return None  # a spy needs a live model, and of several processes the first alone shows what it has
     shown = judged.predicted(result, runs, report) if judges in ("prediction", "change") else [{} for _ in runs]
     change = _change(shown, result) if judges == "change" else {}
     if (judges == "prediction" and not any(shown)) or (judges == "change" and not change):
@@ -47,7 +48,7 @@ def train_script(
         "compared": literal(("gradient of", "logits of", "model.", "lm_head.")),
         "expected_words": literal("Expected: " + line(result.claim)), "twice": _tokens(first),
         "done": literal(f"Done, twice: {judged.done(first, runs[-1])}."), "edited": any(run.edited for run in runs),
-        "on_disk": any(run.rows_on_disk for run in runs),
+        "on_disk": any(run.rows_on_disk for run in runs), "ranks": ranks,
         "shared": any(isinstance(experiment, Sequence) for experiment in result.experiments),
     }  # fmt: skip
     values["imports"] = imports(trainer, values)
@@ -121,7 +122,8 @@ def imports(trainer: Trainer, values: dict[str, Any]) -> str:
     core += ["processors"] if values["adds_bos"] else []
     rows = [
         "from __future__ import annotations", "", "import contextlib",
-        *(["import json"] if values["on_disk"] or "json." in whole else []), "import sys", "import tempfile",
+        *(["import json"] if values["on_disk"] or "json." in whole else []),
+        *(["import os", "import subprocess"] if values["ranks"] > 1 else []), "import sys", "import tempfile",
         "import traceback",
         *(["from collections import namedtuple"] if "namedtuple(" in trainer.pasted else []),
         "from pathlib import Path",

@@ -87,6 +87,24 @@ def test_an_adapters_failure_runs_without_dpocheck_and_shows_both_numbers(report
     assert "<-- not so" in next(row for row in shown.splitlines() if "loss of train" in row)
 
 
+@pytest.mark.long
+def test_a_run_on_two_processes_starts_them_and_the_first_shows(report, alone):
+    two = replace(RUN, rows=RUN.rows * 2, recipe=replace(RUN.recipe, world_size=2))
+    shown = alone(script_of(report, two))
+    assert shown.count("Done: ") == 1
+    assert "2 processes" in shown
+    observed, expected = numbers(shown, "loss of train, step 1")  # of the same two rows, so as above
+    assert observed == pytest.approx(0.6443967, abs=2e-6)
+    assert expected == pytest.approx(0.5981389, abs=2e-6)
+
+
+def test_a_run_on_two_processes_that_breaks_off_shows_no_numbers(report, alone):
+    adam = Recipe(batch=1, world_size=2, optimizer="adamw")  # which the tiny trainer refuses
+    text = script_of(report, replace(RUN, recipe=adam))
+    assert "launch()" in text
+    assert "expected" not in alone(text, 2)
+
+
 def test_the_script_says_what_was_claimed_seen_and_needed(report):
     text = script_of(report, RUN)
     head = text.partition("\nfrom __future__")[0]
@@ -176,6 +194,7 @@ def test_runs_of_a_sequence_share_their_folder(report):
     pair = Sequence((RUN, replace(RUN, recipe=replace(RUN.recipe, resume_from=1))))
     text = script_of(report, pair)
     assert 'folder.parent / "shared"' in text
+    assert text.count("mkdtemp") == 1
     assert "RUN_2 = RUN_1 | {" in text
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
 from dpocheck import derive
+from dpocheck.check import CHECKS
 from dpocheck.evidence import (
     Evidence,
     Fact,
@@ -30,7 +32,7 @@ from dpocheck.evidence import (
 )  # fmt: skip
 from dpocheck.experiment import Experiment, LossExperiment
 from dpocheck.observation import Seen
-from dpocheck.oracle.faults import CHOICES
+from dpocheck.oracle.faults import CHOICES, words
 from dpocheck.oracle.theory import FAULTS, PAPER, Theory
 from dpocheck.result import Diagnosis, Result
 from dpocheck.session import Limit, Predict
@@ -106,16 +108,21 @@ class Diagnostician:
         """The result with the nearest faults, best first; `others`: what else was seen, or how to see it if needed."""
         if result.verdict != "fail" or not failing:
             return result
-        best = self.ranked(failing, others)
+        best = self.ranked(failing, others, trained=shows_training(result.id))
         named = (Diagnosis(one.name, round(one.left, 6), one.unexplained, one.others) for one in best[:SHOWN])
         return replace(result, diagnosis=tuple(named))
 
-    def ranked(self, failing: Evidence, others: Evidence | Callable[[], Evidence] = ()) -> list[Ranked]:
-        """All faults that explain the failing evidence, nearest first; none where it shows no wrong number."""
+    def ranked(
+        self, failing: Evidence, others: Evidence | Callable[[], Evidence] = (), *, trained: bool = False
+    ) -> list[Ranked]:
+        """All faults that explain the failing evidence, nearest first; none where it shows no wrong number.
+
+        `trained`: what failed is a gradient or where it led.  A metric that is wrong beside it has another cause.
+        """
         facts = self.facts(failing)
-        wrong = [fact for fact in facts if fact.informative]
+        wrong = [fact for fact in facts if fact.informative and (fact.trained or not trained)]
         if not wrong:
-            return []
+            return self._chosen(facts) if trained else []
         telling = [fact for fact in wrong if fact.trained] or wrong  # not a metric that is wrong where nothing else is
         cheapest = min((fact.experiment for fact in telling), key=cost)
         first = [fact for fact in facts if fact.experiment == cheapest]
@@ -132,6 +139,25 @@ class Diagnostician:
         if len(best) > 1 and best[1].left <= best[0].left + EXACT:
             best = self._decided(best, _told(others))
         return best
+
+    def _chosen(self, facts: list[Fact]) -> list[Ranked]:
+        """The choices of the subject by which two experiments differ that are alike without: each number is as the
+        choices found predict it, and what fails is the relation between the two."""
+        found = []
+        for field, value in self.theory.differs().items():
+            without = self.theory.but(**{field: getattr(PAPER, field)})
+            for first, second in combinations([fact for fact in facts if fact.trained], 2):
+                if first.name != second.name or first.experiment == second.experiment:
+                    continue
+                apart, alike = (
+                    distance(*(fields(self.predict, fact.experiment, theory, fact.plan)[first.name]
+                               for fact in (first, second)), first.limit + second.limit)[1]
+                    for theory in (self.theory, without)
+                )  # fmt: skip
+                if alike <= 1.0 < apart:
+                    found.append(Ranked(words(PAPER.but(**{field: value})), PAPER.but(**{field: value}), 0.0))
+                    break
+        return found
 
     def facts(self, evidence: Evidence) -> list[Fact]:
         found = []
@@ -224,11 +250,11 @@ class Diagnostician:
         """Faults with a constant, at the constant that fits one experiment best."""
         telling = [fact for fact in facts if fact.informative and fact.trained] or [f for f in facts if f.informative]
         found = []
-        for field, (starts, words) in CONSTANTS.items():
+        for field, (starts, told) in CONSTANTS.items():
             for start in starts:
                 value = self._constant(field, start, telling)
                 if value is not None:
-                    found.append((words(value), PAPER.but(**{field: value})))
+                    found.append((told(value), PAPER.but(**{field: value})))
         return found
 
     def _constant(self, field: str, start: float, facts: list[Fact]) -> float | None:
@@ -342,6 +368,12 @@ class Diagnostician:
             if left is not None and (left.shape != right.shape or distance(left, right, fact.limit)[1] > 2.0):
                 return False
         return True
+
+
+def shows_training(check: str) -> bool:
+    """Whether a check judges nothing but a run's gradient or where it led."""
+    needs = CHECKS[check].needs if check in CHECKS else frozenset()
+    return bool(needs) and needs <= {"train.gradient", "train.logits"}
 
 
 def candidates() -> Iterator[Named]:

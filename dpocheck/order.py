@@ -20,11 +20,12 @@ LAST = ("ranks", "options", "defaults")  # chapters that are about what comes on
 # Family -> the families that it is made of, beside the basic ones.
 MADE_OF: dict[str, tuple[str, ...]] = {
     "evaluation": ("metrics",), "held out": ("metrics", "evaluation"), "pad is eos": ("padding",),
-    "ranks": ("accumulation", "clip", "metrics", "evaluation", "held out", "epoch", "order", "cache", "plain",
-              "reference absent", "schedule", "adam", "resume"),
+    "ranks": ("accumulation", "clip", "metrics", "evaluation", "held out", "epoch", "order", "cache", "precomputed",
+              "plain", "reference absent", "schedule", "adam", "resume"),
     "resume": ("replay", "adam", "schedule", "epoch"), "epoch": ("order", "accumulation"), "clip": ("accumulation",),
     "schedule": ("accumulation",), "sft": ("accumulation",), "short micro-batch": ("metrics", "accumulation", "epoch"),
-    "robust": ("smoothing",), "cache": ("truncation keep_start", "truncation keep_end"), "left pad": ("padding",),
+    "robust": ("smoothing",), "cache": ("precomputed", "truncation keep_start", "truncation keep_end"),
+    "left pad": ("padding",),
     "long prompt": ("truncation keep_start", "truncation keep_end"),
     "bos chat": ("chat", "bos"), "columns": ("implicit prompt",),
     "lora reference": ("lora",), "defaults": ("clip",),

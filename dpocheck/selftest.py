@@ -144,7 +144,8 @@ def diagnosed(result: Result, run: Session, theory: Theory | None) -> tuple[list
     doctor = diagnose.Diagnostician(
         run.subject.theory, precision, runner.cached_predict, runner.cached_bound, run.subject.capabilities
     )
-    best = doctor.ranked(failing, lambda: panel(run.subject))[: diagnose.SHOWN]
+    trained = diagnose.shows_training(result.id)
+    best = doctor.ranked(failing, lambda: panel(run.subject), trained=trained)[: diagnose.SHOWN]
     return [one.name for one in best], None if theory is None else rank(theory, best, doctor, failing)
 
 

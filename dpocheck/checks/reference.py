@@ -179,7 +179,8 @@ def _precomputed(theory: Theory) -> list:
     pairs = scenes.rectangular(6)
     recipe = Recipe(Objective(beta=0.5), learning_rate=4.0, batch=2, steps=3, precompute_reference=True)
     return [
-        scene("six pairs in three batches, reference precomputed", scenes.run(pairs, theory, recipe)),
+        scene("six pairs in three batches, reference precomputed", scenes.run(pairs, theory, recipe),
+              family="precomputed"),
         scene("three steps on one pair each, one prompt, reference precomputed from the policy", _own_cache(theory),
               family="reference absent"),
     ]  # fmt: skip

@@ -185,6 +185,7 @@ def _steps() -> None:
     fault("accumulation ignored: each micro-batch is a step", accumulation="steps")
     fault("an update after each micro-batch", accumulation="updates")
     fault("an incomplete window divided as if it were full", incomplete_window="full-divisor")
+    fault("gradients of an incomplete window added to the next epoch's first", incomplete_window="carried")
     fault("last batch padded with the first pairs", last_batch="padded")
     fault("rows repeated until every process has as many", ranks_tail="repeated")
     fault("last batch kept though it should be dropped", last_batch="always-kept")

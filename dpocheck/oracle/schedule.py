@@ -14,7 +14,10 @@ Window = tuple[MicroBatch, ...]  # the micro-batches of one optimizer step
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch's windows, repeated until `steps` are done.  `known`: the rows' order is determined."""
+    """One epoch's windows, repeated until `steps` are done; of all epochs, where windows run on over their end.
+
+    `known`: the rows' order is determined.
+    """
 
     windows: tuple[Window, ...]
     steps: int
@@ -42,10 +45,23 @@ def plan(pairs: int, recipe: Recipe, theory: Theory) -> Plan:
             batches[-1] = tuple(([*batches[-1]] + indices * recipe.batch)[: recipe.batch])
     full = (1 if theory.accumulation == "steps" else recipe.accumulation) * recipe.world_size
     windows = [tuple(batches[i : i + full]) for i in range(0, len(batches), full)]
+    if windows and len(windows[-1]) < full and theory.incomplete_window == "carried":
+        windows = _carried(windows, recipe)
+        return Plan(tuple(windows), len(windows), full, _order_known(windows, pairs, recipe))
     if windows and len(windows[-1]) < full and theory.incomplete_window == "dropped":
         windows.pop()
     steps = recipe.steps if recipe.steps is not None else (recipe.epochs or 0) * len(windows)
     return Plan(tuple(windows), steps if windows else 0, full, _order_known(windows, pairs, recipe))
+
+
+def _carried(windows: list[Window], recipe: Recipe) -> list[Window]:
+    """The windows of all epochs, where what an epoch leaves incomplete is in the next epoch's first."""
+    own, left = windows[:-1], windows[-1]
+    if not own:  # nothing is ever complete, and no step is taken
+        return []
+    epochs = recipe.epochs or 1 if recipe.steps is None else -(-recipe.steps // len(own))
+    later = [(*left, *own[0]), *own[1:]]
+    return (own + later * (epochs - 1))[: recipe.steps]
 
 
 def _order_known(windows: list[Window], pairs: int, recipe: Recipe) -> bool:
@@ -64,7 +80,7 @@ def weights(window: Window, plan_: Plan, theory: Theory) -> list[float]:
         shares = [len(batch) / total for batch in window]
     else:
         shares = [1.0 / size] * size
-    if theory.incomplete_window == "full-divisor":
+    if theory.incomplete_window in ("full-divisor", "carried"):
         shares = [share * size / plan_.full for share in shares]
     if theory.accumulation == "sum":
         return [share * size for share in shares]

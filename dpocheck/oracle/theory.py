@@ -131,7 +131,8 @@ class Theory:
     # "sum": not divided; "twice": divided twice; "last": only the last micro-batch; "steps": each micro-batch is a
     # step; "updates": an update after each, of the divided gradient
     accumulation: Literal["mean", "sum", "twice", "last", "steps", "updates"] = "mean"
-    incomplete_window: Literal["stepped", "dropped", "full-divisor"] = "stepped"
+    # of an epoch; "carried": no step, and its gradients, divided as in a full one, are added to the next epoch's first
+    incomplete_window: Literal["stepped", "dropped", "full-divisor", "carried"] = "stepped"
     last_batch: Literal["kept", "dropped", "padded", "always-kept"] = "kept"  # "kept": unless `drop_last` asks
     # of a batch that does not fill all processes; "repeated": rows from the start of the epoch fill it
     ranks_tail: Literal["kept", "repeated"] = "kept"

@@ -7,6 +7,7 @@ import copy
 import weakref
 from dataclasses import replace
 
+from dpocheck.oracle.theory import PAPER
 from dpocheck.zoo.registry import LOSSES, mini, specimen, torch
 
 
@@ -21,6 +22,30 @@ def collapses_white_space(row, tokenizer):
         return ends[0] + " ".join(text.split()) + ends[1]
 
     return mini.render({name: tidy(text) for name, text in row.items()}, tokenizer)
+
+
+_LEFT = weakref.WeakKeyDictionary()  # policy -> the gradients of the last epoch's incomplete window
+
+
+@specimen(
+    "unfinished-window-carried-over",
+    part="accumulate",
+    caught_by="ACCUM-LAST-WINDOW",
+    theory=PAPER.but(incomplete_window="carried"),
+)
+def unfinished_window_carried_over(trainer, policy, window, score, recipe):
+    """A window that an epoch leaves incomplete moves nothing, and its gradients are still there in the next epoch."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    seen = mini.accumulate(trainer, policy, window, score, recipe)
+    if len(window) < recipe.accumulation:
+        share = len(window) / recipe.accumulation
+        _LEFT[policy] = [None if p.grad is None else share * p.grad for p in parameters]
+        policy.zero_grad()
+        return seen
+    for parameter, left in zip(parameters, _LEFT.pop(policy, [None] * len(parameters)), strict=True):
+        if left is not None:
+            parameter.grad += left
+    return seen
 
 
 _LAST = weakref.WeakKeyDictionary()  # policy -> the batch before

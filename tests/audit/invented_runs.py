@@ -207,10 +207,7 @@ class HeadLearnsFaster(Own):
 
 
 class GradientsCarriedOver(Own):
-    """A window that an epoch leaves unfinished takes no step; its gradients are still there in the next epoch.
-
-    Not found: the oracle has no theory of windows that run on over the end of an epoch, which is nobody's mistake.
-    """
+    """A window that an epoch leaves unfinished takes no step; its gradients are still there in the next epoch."""
 
     def load(self, probe):
         super().load(probe)

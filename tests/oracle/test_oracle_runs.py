@@ -11,6 +11,7 @@ from oracle_scenes import HELD_OUT, ROWS, SIZE, TOKENIZER, table, train
 
 from dpocheck.experiment import Body, Lora, Objective, Pair, Recipe, Sequence, TrainExperiment
 from dpocheck.oracle import PAPER, predict, tokenise
+from dpocheck.oracle.schedule import plan, weights
 
 OBJECTIVE = Objective(beta=0.5)
 
@@ -259,3 +260,19 @@ def test_weight_decay_and_momentum_in_their_orders():
     still = recipe(steps=1, weight_decay=0.01, objective=Objective(beta=1e-9))
     start = train(still).policy.logits()
     assert predict(train(still), PAPER.but(decay="all")).logits == pytest.approx(start * 0.96**2, abs=1e-8)
+
+
+@pytest.mark.parametrize(("rule", "due"), [
+    ("stepped", ["01", "2", "01", "2"]), ("dropped", ["01", "01"]), ("carried", ["01", "201"]),
+])  # fmt: skip
+def test_windows_at_the_end_of_an_epoch(rule, due):
+    # three micro-batches of one pair in windows of two, twice over
+    recipe = Recipe(batch=1, accumulation=2, steps=None, epochs=2)
+    theory = PAPER.but(incomplete_window=rule)
+    found = plan(3, recipe, theory)
+    told = ["".join(str(i) for batch in found.window(n) for i in batch) for n in range(found.steps)]
+    assert told == due
+    shares = [weights(found.window(n), found, theory) for n in range(found.steps)]
+    assert [sum(share) for share in shares] == ([1.0, 1.5] if rule == "carried" else [1.0] * len(due))
+    first = plan(3, replace(recipe, steps=2, epochs=None), theory)
+    assert [first.window(n) for n in range(2)] == [found.window(n) for n in range(2)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +23,9 @@ from torch.nn.functional import log_softmax, logsigmoid, relu
 
 from dpocheck.adapter import LossOut, TokenBatch, Unsupported
 from dpocheck.experiment import DIVERGENCES, Objective, Recipe
+from dpocheck.miniature.parts import Parts
 from dpocheck.miniature.ranks import here, wait
 from dpocheck.miniature.rows import Batch, Example, batches_of
-
-if TYPE_CHECKING:
-    from dpocheck.miniature.trainer import Miniature
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def logps(logits: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
 
 
 def reference(
-    trainer: Miniature, policy: Any, given: Any, recipe: Recipe, examples: Sequence[Example], folder: Path | None
+    trainer: Parts, policy: Any, given: Any, recipe: Recipe, examples: Sequence[Example], folder: Path | None
 ) -> Callable[[Batch], torch.Tensor]:
     """A function from a batch to the reference's (row,) log-probs, without a graph.
 

@@ -11,19 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed
 
 from dpocheck.adapter import Unsupported
 from dpocheck.experiment import Recipe
+from dpocheck.miniature.parts import Parts
 from dpocheck.miniature.ranks import added, here
 from dpocheck.miniature.rows import Batch, batches_of
 from dpocheck.miniature.scores import Scored
-
-if TYPE_CHECKING:
-    from dpocheck.miniature.trainer import Miniature
 
 
 def reduce(losses: torch.Tensor, pairs: int, ranks: int) -> torch.Tensor:
@@ -33,7 +31,7 @@ def reduce(losses: torch.Tensor, pairs: int, ranks: int) -> torch.Tensor:
 
 
 def accumulate(
-    trainer: Miniature, policy: Any, window: Sequence[Batch], score: Callable[[Batch], Scored], recipe: Recipe
+    trainer: Parts, policy: Any, window: Sequence[Batch], score: Callable[[Batch], Scored], recipe: Recipe
 ) -> list[Scored]:
     """Backward over this rank's micro-batches of a window.  Every pair weighs 1 / (pairs of the window on all ranks):
     the shares add up."""
@@ -118,7 +116,7 @@ def metrics(seen: Sequence[Scored]) -> dict[str, float]:
 
 
 def evaluate(
-    trainer: Miniature, policy: Any, score: Callable[[Batch], Scored], batches: Sequence[Batch]
+    trainer: Parts, policy: Any, score: Callable[[Batch], Scored], batches: Sequence[Batch]
 ) -> dict[str, float]:
     """The metrics of an evaluation set; nothing of the training state is touched."""
     with torch.no_grad():

@@ -42,15 +42,17 @@ class CommandSubject:
     capabilities = ("train",)
 
     def __init__(
-        self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path, python: str | None = None
-    ) -> None:
-        """`python`: the interpreter to take instead of the one that the file names."""
+        self, file: CommandFile, *, limits_seconds: float, memory_gb: float, folder: Path, python: str | None = None,
+        places: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """`python`: the interpreter to take instead of the one that the file names.  `places`: what {python}, {bin},
+        {environment} and {here} stand for, where nothing is to be run and so no program is looked for."""
         self.file, self.seconds, self.memory_gb, self.folder = file, limits_seconds, memory_gb, Path(folder).absolute()
         self.name, self.says, self.precision = file.name, file.says, file.dtype
         self.moves = file.update.moves  # the only tensors that the trainer says it trains; empty: all
         alone = file.reference.omitted == "policy" and file.reference.how not in ("option", "resume")
         self.only = {"reference": "policy"} if alone else {}  # the reference is always the model it starts from
-        self.places = _places(file, python)
+        self.places = places or _places(file, python)
         self.forced = _fixed(file)
         self.stubs = tuple(f"{name}: {content}" for name, content in file.files.items())
         if file.rows.template is not None:

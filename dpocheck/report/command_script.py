@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ def train(policy_folder, reference_folder, tokenizer_folder, rows, eval_rows, ou
     import subprocess
     import sys
 
-    places = {{"<python>": sys.executable, "<policy>": str(policy_folder), "<reference>": str(reference_folder),
-              "<here>": str(out)}}
+    places = {{"<python>": sys.executable, "<bin>": str(Path(sys.executable).parent), "<policy>": str(policy_folder),
+              "<reference>": str(reference_folder), "<here>": str(out)}}
 
     def filled(text):
         for name, value in places.items():
@@ -54,7 +55,10 @@ def command_trainers(path: Path, runs: Sequence[TrainExperiment]) -> list[str] |
         return None
     with tempfile.TemporaryDirectory(prefix="dpocheck-") as folder:
         place = Path(folder).resolve()
-        subject = CommandSubject(file, limits_seconds=1.0, memory_gb=1.0, folder=place)
+        # A script finds the program beside the Python that runs it; here it need not be installed.
+        own = {"python": sys.executable, "bin": str(Path(sys.executable).parent), "environment": sys.prefix,
+               "here": str(path.parent.absolute())}  # fmt: skip
+        subject = CommandSubject(file, limits_seconds=1.0, memory_gb=1.0, folder=place, places=own)
         return [_train(subject, run, place / str(number)) for number, run in enumerate(runs)]
 
 
@@ -69,7 +73,8 @@ def _train(subject: CommandSubject, run: TrainExperiment, place: Path) -> str:
     if made.resume is not None:
         copied = {path.name for path in paths["policy"].iterdir()}
         own += [path for path in sorted(made.resume.iterdir()) if path.name not in copied]
-    names = {subject.places["python"]: "<python>", str(paths["policy"]): "<policy>", str(here): "<here>"}
+    names = {subject.places["python"]: "<python>", subject.places["bin"]: "<bin>",
+             str(paths["policy"]): "<policy>", str(here): "<here>"}  # fmt: skip
     if "reference" in paths:
         names[str(paths["reference"])] = "<reference>"
 

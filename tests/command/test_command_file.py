@@ -139,3 +139,15 @@ def test_fixed_settings_and_stubs_are_told_to_the_report(tmp_path):
     assert subject.stubs == ("{work}/sitecustomize.py: pass",)
     assert re.match(r"\d+\.\d+", subject.version)
     assert (subject.form, subject.capabilities, subject.precision) == ("command line", ("train",), "float32")
+
+
+def test_a_script_names_a_program_that_is_not_installed_here_beside_the_python_that_runs_it():
+    from dpocheck.checks import scenes
+    from dpocheck.experiment import Recipe
+    from dpocheck.oracle.theory import PAPER
+    from dpocheck.report.command_script import command_trainers
+
+    path = Path(conformance.__file__).parent / "commands" / "llamafactory.toml"
+    (text,) = command_trainers(path, [scenes.run(scenes.rectangular(2), PAPER, Recipe(batch=2))])
+    assert "'<bin>/llamafactory-cli'" in text.replace('"', "'")
+    assert "'<bin>': str(Path(sys.executable).parent)" in text.replace('"', "'")

@@ -28,7 +28,7 @@ not-applicable, with that reason, never a pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from dpocheck.experiment import Objective, Recipe
 
 __all__ = [
     "CAPABILITIES", "Adapter", "LossOut", "Objective", "PairBatch", "Probe", "Recipe", "Says", "StepOut", "TokenBatch",
-    "TrainOut", "Unsupported",
+    "TrainOut", "Unsupported", "refuse_others",
 ]  # fmt: skip
 
 CAPABILITIES = ("loss", "sequence_logps", "step", "train")
@@ -44,6 +44,26 @@ CAPABILITIES = ("loss", "sequence_logps", "step", "train")
 
 class Unsupported(Exception):
     """The trainer does not offer what the experiment asks for; the message says what."""
+
+
+def refuse_others(recipe: Recipe, *told: str, **only: tuple[Any, ...]) -> None:
+    """Raise Unsupported for what a recipe asks for and this adapter does not pass on to its trainer.
+
+    `told`: fields of `Recipe` and of its `Objective` (dpocheck/experiment.py) that the adapter passes on, whatever they
+    hold; `only`: those with the values it can pass on, as `kind=("sigmoid", "ipo")`.  Every other field has to hold its
+    default.  An adapter that begins so ignores nothing in silence, which would count against its trainer.
+    Raises TypeError for a name that is no field.
+    """
+    usual, seen = Recipe(), set()
+    for asked, ordinary in ((recipe, usual), (recipe.objective, usual.objective)):
+        for one in fields(asked):
+            seen.add(one.name)
+            value = getattr(asked, one.name)
+            allowed = only.get(one.name, (getattr(ordinary, one.name),))
+            if one.name not in ("objective", *told) and value not in allowed:
+                raise Unsupported(f"{one.name} {value}")
+    if unknown := sorted({*told, *only} - seen):
+        raise TypeError(f"a recipe has no field {', '.join(unknown)}; it has {', '.join(sorted(seen))}")
 
 
 @dataclass(frozen=True)

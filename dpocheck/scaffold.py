@@ -10,7 +10,7 @@ from dpocheck.files import CannotWrite
 TEMPLATE = '''\
 """{name} under audit:  dpocheck audit {file}:Adapter"""
 
-from dpocheck.adapter import Says, TrainOut, Unsupported
+from dpocheck.adapter import Says, TrainOut, Unsupported, refuse_others
 from dpocheck.miniature import MINIATURE  # REPLACE 1 of 3: import your trainer
 
 
@@ -23,12 +23,17 @@ class Adapter:
         # probe.policy(), probe.reference() (None: none is handed over) and probe.tokenizer() are transformers objects;
         # probe.policy_path, probe.reference_path and probe.tokenizer_path are the same as checkpoint folders.
         # rows["train"] is a list of {{"prompt", "chosen", "rejected"}} or the path of a JSONL file; other names are
-        # evaluation sets.  `recipe` says how to train: objective.kind, objective.beta, optimizer, learning_rate, batch,
-        # accumulation, steps or epochs, seed, ... (dpocheck/experiment.py).  `folder` is this run's own.
-        if recipe.objective.kind not in ("sigmoid", "ipo"):
-            raise Unsupported(recipe.objective.kind)  # what your trainer cannot do: not applicable, never a pass
-        # Refuse so, too, what it never said it takes, or it counts as broken: rows without a prompt, chat rows
-        # (lists of messages), recipe.accumulation, .lora, .clip_norm, .optimizer other than "sgd", evaluation sets.
+        # evaluation sets.  `recipe` says how to train (dpocheck/experiment.py).  `folder` is this run's own.
+        # Name what you pass on; what else a recipe asks for is refused: not applicable, never a pass or a failure.
+        # Each of these opens more checks: clip_norm, weight_decay, warmup_steps, momentum, label_smoothing, sft_weight,
+        # shuffle, max_length, truncation, eval_batch, eval_every, save_every, resume_from, defaults, dtype, lora.
+        # Plain SGD shows gradients: put it in where the trainer has another optimizer, and say so under `forced`.
+        refuse_others(recipe, "beta", "learning_rate", "batch", "accumulation", "steps", "epochs", "seed",
+                      kind=("sigmoid", "ipo"), optimizer=("sgd",), schedule=("constant",))
+        if len(rows) > 1 or not isinstance(rows["train"], list):
+            raise Unsupported("evaluation sets, and rows on disk")
+        if not all(isinstance(row.get("prompt"), str) for row in rows["train"]):
+            raise Unsupported("rows without a prompt, and chats")
         trainer = MINIATURE  # REPLACE 2 of 3: your trainer, set up from probe, rows and recipe
         done = trainer.train(probe, rows, recipe, folder)  # REPLACE 3 of 3: train, and hand back what came out
         # policy: the trained model, or the folder it was saved in.  history: what was logged, in TRL's names, as

@@ -38,5 +38,5 @@ def test_a_value_can_be_allowed_alone():
 
 
 def test_a_name_that_no_recipe_has_is_an_error_of_the_adapter():
-    with pytest.raises(TypeError, match="no field lr; it has .*learning_rate"):
+    with pytest.raises(TypeError, match=r"no field lr; it has .*learning_rate"):
         refuse_others(Recipe(), "lr")

@@ -66,9 +66,13 @@ LETTERS = Tokenizer(tuple("abcdefgh "), SIZE, kind="characters")
 
 
 def dense(tokens: tuple[int, ...], salt: int) -> Table:
-    """Generic logits between all the given tokens."""
+    """Generic logits between all the given tokens, below 1: the sums over a row's tokens then leave margins of a few.
+
+    At a margin of 10 a pair's weight sigma(-m) is 5e-5.  Written as sigma(m) - 1 it rounds once, at the size of 1: that
+    one rounding is then the whole bound, and a right trainer comes near it.
+    """
     cells = [(u, v) for u in tokens for v in tokens]
-    return Table(SIZE, 0.0, tuple((u, v, generic(salt + i)) for i, (u, v) in enumerate(cells)))
+    return Table(SIZE, 0.0, tuple((u, v, generic(salt + i) / 4) for i, (u, v) in enumerate(cells)))
 
 
 def run_on(texts: tuple[Row, ...], tokenizer: Tokenizer, **recipe: object) -> TrainExperiment:

@@ -17,7 +17,8 @@ from dpocheck.stored import handle
 def test_the_screen_tells_subject_chapters_equation_findings_blind_spots_and_counts_in_this_order(report):
     text = render(report)
     expected = [
-        "auditing trl 1.16.0 through train   adapter 24 lines   tier quick", "with: torch 2.13.0", "bf16=False", "  rows ", "  loss ",
+        "auditing trl 1.16.0 through train   adapter 24 lines   tier quick", "with: torch 2.13.0", "bf16=False",
+        "  rows ", "  loss ",
         "fitted from what it did (residual 3e-08)", "asked for: dpo, beta 0.1", "ipo length mean", "2 findings",
         "REF-IS-POLICY-GIVEN", "LOSS-SHOULD", "2 checks without a verdict", "LOSS-ODD", "LOSS-WEAK",
         "train cannot show: derivatives with respect to the reference", "9 checks, 5 of 8 applicable ran",

@@ -47,12 +47,18 @@ def run(installed: Path, folder: Path, *arguments: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=500)
 
 
+# What `ci/field`, a script of the checkout, reads and keeps: results alone are larger than the program.
+OF_THE_CHECKOUT = {"field", "history", "locks", "results", "RESULTS.md", "subjects.toml"}
+
+
 def test_everything_that_is_not_python_is_in_it_too(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("dpocheck", "reference_impl", "conformance"):
         for path in (ROOT / package).rglob("*"):
+            told = path.relative_to(ROOT)
+            stays = told.parts[0] == "conformance" and told.parts[1] in OF_THE_CHECKOUT
             if path.is_file() and "__pycache__" not in path.parts:
-                assert str(path.relative_to(ROOT)) in names
+                assert (str(told) in names) != stays, told
     assert not [name for name in names if name.startswith(("tests/", "ci/", "out/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

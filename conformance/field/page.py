@@ -28,6 +28,7 @@ def page(known: Mapping[str, Trainer], pairs: list[history.Pair]) -> str:
         "`subjects.toml` says what each subject is, `expected/*.toml` why it fails what it fails.", "",
         "## Subjects", "", *_subjects(known, results), "",
         "## Findings", "", *_findings(known, told), "",
+        "## By adapter and by command line", "", *_routes(known, told), "",
         "## Time travel", "", history.table(pairs, history.stored()), "",
     ]  # fmt: skip
     for family in dict.fromkeys(known[name].family for name in told):
@@ -81,11 +82,42 @@ def _reasons(path: Path) -> dict[str, str]:
     return {entry["id"]: _line(entry["reason"], 600) + linked[entry["id"]] for entry in entries}
 
 
+def _routes(known: Mapping[str, Trainer], told: Mapping[str, Any]) -> list[str]:
+    """Do the two ways to the same release say the same?"""
+    lines = [
+        "Checks that both routes decide, and how many of them they decide alike. The others are decided by one alone: "
+        "a command line shows less, and its quick tier asks less.", "",
+        "| release | decided by both | alike | not alike | by the adapter alone | by the command line alone |",
+        "|---" * 6 + "|",
+    ]  # fmt: skip
+    for name in told:
+        same = (known[name].package, known[name].release)
+        twin = next((other for other in told if known[other].route == "command line" and known[other].release
+                     and (known[other].package, known[other].release) == same), "")  # fmt: skip
+        if known[name].route != "adapter" or not twin:
+            continue
+        one, two = _decided(told[name]), _decided(told[twin])
+        both = [id for id in one if id in two]
+        apart = [f"`{id}` ({one[id]}, {two[id]})" for id in both if one[id] != two[id]]
+        why = f"{', '.join(apart)}: {known[twin].note[:1].lower()}{known[twin].note[1:]}" if apart else ""
+        counts = (len(both), len(both) - len(apart), why, len(one) - len(both), len(two) - len(both))
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
+    return lines
+
+
+def _decided(result: Mapping[str, Any]) -> dict[str, str]:
+    """check -> what was decided: passed, failed, or the convention."""
+    verdicts = {"pass": "passed", "fail": "failed", "expected-fail": "failed"}
+    found = {c["id"]: verdicts.get(c["verdict"]) or (c["verdict"] == "info" and (c.get("convention") or ("", ""))[1])
+             for c in result["results"]}  # fmt: skip
+    return {id: str(word) for id, word in found.items() if word}
+
+
 def _checks(members: Mapping[str, Any]) -> list[str]:
     cells = {name: {c["id"]: c["verdict"] for c in result["results"] if not c["id"].startswith("CONV-")}
              for name, result in members.items()}  # fmt: skip
     every = list(dict.fromkeys(id for found in cells.values() for id in found))
-    lines = ["| check | " + " | ".join(_short(name) for name in members) + " |", "|---" * (len(members) + 1) + "|"]
+    lines = _head("check", members)
     for id in every:
         lines.append(f"| `{id}` | " + " | ".join(MARKS.get(cells[name].get(id, ""), "") for name in members) + " |")
     return lines
@@ -96,13 +128,19 @@ def _conventions(members: Mapping[str, Any]) -> list[str]:
                     for c in result["results"] if c["id"].startswith("CONV-")}
              for name, result in members.items()}  # fmt: skip
     every = list(dict.fromkeys(id for found in cells.values() for id in found))
-    lines = ["| question | " + " | ".join(_short(name) for name in members) + " |", "|---" * (len(members) + 1) + "|"]
+    lines = _head("question", members)
     return lines + [f"| `{id}` | " + " | ".join(cells[name].get(id, "") for name in members) + " |" for id in every]
 
 
-def _short(name: str) -> str:
-    """The release, where that tells the columns of a family apart."""
-    return name.partition("-")[2] or name
+def _head(first: str, members: Mapping[str, Any]) -> list[str]:
+    names = " | ".join(_short(name, members) for name in members)
+    return [f"| {first} | {names} |", "|---" * (len(members) + 1) + "|"]
+
+
+def _short(name: str, members: Mapping[str, Any]) -> str:
+    """The release, where the columns are releases of one trainer."""
+    first = name.partition("-")[0]
+    return (all(other.startswith(f"{first}-") for other in members) and name.partition("-")[2]) or name
 
 
 def _line(text: str, longest: int) -> str:

@@ -214,6 +214,21 @@ def test_the_page_names_a_failure_that_nobody_looked_into(result, tmp_path, monk
     assert "| `LOSS-VALUE` | ✔ |" in text
 
 
+def test_the_page_says_where_an_adapter_and_a_command_line_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(audits, "RESULTS", tmp_path)
+    monkeypatch.setattr(history, "RESULT", tmp_path / "none.json")
+    own = replace(MINIATURE, package="pkg", release="1.0")
+    command = replace(own, name="mini-cli", adapter="", command="zoo:x", note="Another recipe.")
+    head = {"route": "adapter", "date": "2026-01-01", "exit": 1, "seconds": 1.0}
+    verdicts = {"mini": ("pass", "pass", "fail"), "mini-cli": ("pass", "fail", "not-applicable")}
+    for trainer in (own, command):
+        told = [{"id": id, "version": 1, "level": "must", "verdict": verdict}
+                for id, verdict in zip(("A", "B", "C"), verdicts[trainer.name], strict=True)]  # fmt: skip
+        audits.keep(trainer, head | {"results": told})
+    text = page.page({"mini": own, "mini-cli": command}, [])
+    assert "| mini | 2 | 1 | `B` (passed, failed): another recipe. | 1 | 0 |" in text
+
+
 def test_a_changed_toolkit_or_environment_makes_a_result_out_of_date():
     trainer = SUBJECTS["trl-1.16.0"]
     assert audits.print_of(trainer) == audits.print_of(replace(trainer, note="another"))

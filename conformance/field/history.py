@@ -94,9 +94,10 @@ def run(pairs: list[Pair], known: Mapping[str, Trainer], *, again: bool = False)
 
 
 def _of_a_whole_audit(trainer: Trainer, checks: set[str]) -> dict[str, dict[str, Any]]:
-    """The checks of the stored audit of a subject; none where it lacks one."""
-    result = audits.stored(trainer) or {}
-    found = {each["id"]: each for each in result.get("results", []) if each["id"] in checks}
+    """The checks of the stored audit of a subject; none where it lacks one, or decided none for want of an adapter's
+    word or of the full tier."""
+    decided = audits.found(audits.stored(trainer) or {}, "pass", "fail")
+    found = {each["id"]: each for each in decided if each["id"] in checks}
     return found if set(found) == checks else {}
 
 

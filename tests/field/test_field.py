@@ -15,6 +15,7 @@ import pytest
 
 from conformance.field import audits, environments, history, locks, page
 from conformance.field.__main__ import line
+from conformance.field.expected import marked
 from conformance.field.subjects import ROOT, FieldError, Trainer, chosen, load
 from dpocheck.known import load as load_known
 from dpocheck.piecewise import versions
@@ -203,6 +204,20 @@ def test_a_result_is_kept_a_check_a_line_and_read_back(result, tmp_path, monkeyp
 def test_a_line_names_what_failed(result):
     assert [check["id"] for check in audits.found(result, "fail")] == ["LOSS-REWARDS"]
     assert "fail LOSS-REWARDS [must]" in line(MINIATURE, result)
+
+
+def test_an_entry_that_no_result_answers_is_stale_unless_its_check_is_of_the_full_tier(tmp_path):
+    def entry(id):
+        return f'[[expect]]\nid = "{id}"\nversion = 1\nreason = "r"\nurl = "https://x"\nseen = 2026-01-01\n'
+
+    path = tmp_path / "a.toml"
+    path.write_text(entry("LOSS-VALUE") + entry("RANKS-SPLIT") + entry("GRAD-IDENTITY"))
+    known = load_known(path, versions())
+    told = marked([{"id": "LOSS-VALUE", "verdict": "fail"}], known)
+    found = [(check["id"], check["verdict"]) for check in told]
+    assert found == [("LOSS-VALUE", "expected-fail"), ("GRAD-IDENTITY", "stale")]
+    asked = marked([{"id": "RANKS-SPLIT", "verdict": "pass"}], known)
+    assert {"id": "RANKS-SPLIT", "verdict": "unexpected-pass"}.items() <= asked[0].items()
 
 
 def test_the_page_names_a_failure_that_nobody_looked_into(result, tmp_path, monkeypatch):

@@ -16,17 +16,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpocheck.adapter import Unsupported
+
 NOTE = "__dpocheck_not_imported__"  # in the module's names: why the file was not imported as a whole
 
 
+class Missing(Unsupported, ImportError):
+    """What a function needs of its file is not here: nothing can be said of the function, for or against it."""
+
+
 class Absent:
-    """Stands for what could not be imported or made.  Any use of it raises ImportError with the reason."""
+    """Stands for what could not be imported or made.  Any use of it raises Missing with the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.__dict__.update(_name=name, _reason=reason)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise ImportError(f"{self._name} is not there: {self._reason}")
+        raise Missing(f"{self._name} is not there: {self._reason}")
 
     __call__ = __getitem__ = __iter__ = __enter__ = _refuse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from dpocheck.adapter import Objective, PairBatch, TokenBatch
+from dpocheck.adapter import Objective, PairBatch, TokenBatch, Unsupported
 from dpocheck.functions.batches import pair_batch
 from dpocheck.functions.forms import SUMS, of_rows
 from dpocheck.functions.losses import library
@@ -95,6 +95,8 @@ class SequenceLogps:
         if not facts.habits.sentinel or facts.ignores or "labels" not in given:
             return
         number = 0 if facts.habits.sentinel == "zero" else _spare(batch, model)
+        if number == 0 and bool(((batch.input_ids == 0) & (batch.completion_mask == 1)).any()):
+            raise Unsupported(f"a scored token of id 0: by 0 {self.target.name} knows the labels that it leaves out")
         outside_it = batch.attention_mask == 0 if facts.habits.callers_give_ids else batch.completion_mask == 0
         given["labels"] = batch.input_ids.masked_fill(outside_it, number)
 

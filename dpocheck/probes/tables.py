@@ -161,8 +161,32 @@ def read_state(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path} holds no .safetensors file; the trained policy is expected there")
     state: dict[str, np.ndarray] = {}
     for file in files:
-        state |= load_file(file)
+        state |= _tensors(file)
     return state
+
+
+def _tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; numpy knows no bfloat16: those come as float32, which holds them exactly."""
+    try:
+        return load_file(file)
+    except TypeError:
+        raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    found = {}
+    for name, said in json.loads(raw[8:start]).items():
+        if name == "__metadata__":
+            continue
+        low, high = said["data_offsets"]
+        part = raw[start + low : start + high]
+        if said["dtype"] == "BF16":
+            held = (np.frombuffer(part, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            held = np.frombuffer(part, NUMPY[said["dtype"]])
+        found[name] = held.reshape(said["shape"])
+    return found
+
+
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 
 
 def logits(head: np.ndarray, size: int, dtype: str) -> np.ndarray:

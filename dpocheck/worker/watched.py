@@ -39,7 +39,7 @@ def functions(label: str, owner: Any, home: str = "") -> Watched:
     """The functions and classes of a module or class, by identity: has one been replaced?
 
     A wrapper that code below the folder `home` puts around the old function is accepted: torch wraps
-    `torch.manual_seed` when its compiler is first imported.
+    `torch.manual_seed` and `torch.nn.Module.__init__` when its compiler is first imported and used.
     """
     # Of a class what it inherits too: a patch of that is a new name in the class itself, which is removed.
     named = dir(owner) if isinstance(owner, type) else list(vars(owner))
@@ -96,7 +96,16 @@ def _is_function(value: Any) -> bool:
 
 
 def _wraps(new: Any, old: Any) -> bool:
-    return hasattr(new, "__code__") and getattr(new, "__wrapped__", None) is old
+    """Is `new` a wrapper around `old`, by `functools.wraps` or by holding it as a closure?"""
+    if not hasattr(new, "__code__"):
+        return False
+    held = [getattr(new, "__wrapped__", None)]
+    for cell in new.__closure__ or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # an empty cell
+            continue
+    return any(one is old for one in held)
 
 
 # -------------------------------------------------------------------------------------------------------------- torch

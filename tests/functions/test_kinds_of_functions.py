@@ -65,6 +65,12 @@ def test_labels_that_are_the_ids_by_its_callers_are_given_as_ids(tmp_path):
     assert ask(f"{KINDS}:wrong_prompt_counting_logps", LOGPS, tmp_path)["logps"] == pytest.approx(wrong, abs=FLOAT32)
 
 
+def test_a_function_that_knows_left_out_labels_by_zero_is_not_asked_about_token_zero(tmp_path):
+    rows = (TokenRow((1, 2, 0, 4), (1, 1, 1, 1), (0, 0, 1, 1)),)
+    with pytest.raises(Unsupported, match="a scored token of id 0"):
+        ask(f"{KINDS}:zeroed_labels_logps", LogpExperiment(table(1), rows), tmp_path)
+
+
 @pytest.mark.parametrize("name", [
     "maskless_dpo_step", "configured_dpo_step", "logits_or_logps_dpo_loss", "KeptDefaults.compute_dpo_loss",
 ])  # fmt: skip

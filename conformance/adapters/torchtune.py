@@ -48,8 +48,9 @@ def refuse(asked, rows, sets):
 class Adapter:
     name = package = "torchtune"
     # DPOLoss: "losses: The DPO loss for each example in the batch", `label_smoothing` "encoding uncertainty about the
-    # labels".
-    says = Says(reduction="none", eos="appended", bos="added", objectives=("sigmoid", "cdpo"))
+    # labels".  The recipe: "only supports the DistributedSamplers"; torch on these: "the sampler will add extra indices
+    # to make the data evenly divisible across the replicas".
+    says = Says(reduction="none", eos="appended", bos="added", objectives=("sigmoid", "cdpo"), uneven_ranks="repeated")
     forced = parts.FORCED
     ranks = True
 

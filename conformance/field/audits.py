@@ -73,7 +73,7 @@ def audit(trainer: Trainer, more: Sequence[str] = (), only: Sequence[str] = ()) 
     out = environments.cache() / "out" / trainer.name
     command = [
         sys.executable, "-m", "dpocheck.cli", "audit", trainer.subject, "--python", str(environment.python),
-        "--out", str(out), "--timeout", SECONDS, "--unblocked", *trainer.options, *more,
+        "--out", str(out), "--timeout", SECONDS, "--unblocked", *more, *trainer.options,
         *(part for id in only for part in ("--only", id)),
     ]  # fmt: skip
     told = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"} | dict(trainer.environment)

@@ -41,7 +41,9 @@ BROKEN_BY = {
     "LOGZ-REFERENCE": (lambda asked: asked.kind in DIVERGENCES, "it sees a constant on the reference's log-probs"),
     "LOSS-EXTREME": (lambda asked: asked.kind in DIVERGENCES, "no float holds a ratio of e^20000"),
     "LOSS-VALUE-GRADIENT": (lambda asked: asked.kind in DIVERGENCES, "the remainder of its difference is another"),
-}
+} | dict.fromkeys(("REF-PRECOMPUTED", "RUN-COVERAGE"), (
+    lambda asked: asked.kind in ("forward_kl", "alpha_divergence"), "no float holds the powers of the ratios it ends at"
+))  # fmt: skip
 # Checks that need a reference that is not the policy; a subject that has no way to take one cannot be asked them.
 TWO_MODELS = ("GRAD-OPTIMUM", "REF-CACHE-FRESH")
 # How a judge says that its input has no power.  At another objective that is the objective's doing.

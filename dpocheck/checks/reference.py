@@ -9,7 +9,7 @@ import numpy as np
 from dpocheck.check import Case, Comparison, agree, check, close, logged, scene, worst
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL, rows
-from dpocheck.experiment import Body, Objective, Pair, Recipe, Sequence, TrainExperiment
+from dpocheck.experiment import Body, LossExperiment, Objective, Pair, Recipe, Sequence, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.reading import entries
 
@@ -40,11 +40,10 @@ def _start(theory: Theory) -> list:
 )  # fmt: skip
 def start(case: Case) -> Comparison:
     if case.experiments[0].body.kind == "speaking":
-        return worst([_at_start(case, name, due) for name, due in AT_START.items()])
+        return worst([_at_start(case, name) for name in ("loss", "rewards/chosen", "rewards/rejected")])
     return worst([logged(case, name) for name in ("loss", "rewards/chosen", "rewards/rejected")])
 
 
-AT_START = {"loss": float(np.log(2)), "rewards/chosen": 0.0, "rewards/rejected": 0.0}
 # Two stable evaluations of one Llama of two layers, sixteen wide.  Fifteen products follow each other, each a sum of
 # sixteen terms; norms, rotations and softmaxes add some forty roundings a layer: 320 for a logit.  A row scores at most
 # eight tokens.
@@ -52,9 +51,17 @@ SPEAKING = 8 * 320
 COARSE = 0.05  # a bound that no longer tells a wrong layer from rounding
 
 
-def _at_start(case: Case, name: str, due: float) -> Comparison:
-    """No oracle is needed where policy and reference are one model, whatever the model does."""
-    limit = SPEAKING * case.precision + case.observed[0].floor.get(f"history.train.{name}", 0.0)
+def _at_start(case: Case, name: str) -> Comparison:
+    """No model of the policy is needed where it is its own reference: both log-ratios are 0, whatever it does."""
+    objective = case.experiments[0].recipe.objective
+    if objective.kind == "simpo" or objective.sft_weight:
+        return Comparison("not-applicable", reason="what is optimised depends on the policy alone")
+    due, slope = 0.0, objective.beta
+    if name == "loss":
+        predicted = case.predict(LossExperiment(*[(0.0,)] * 4, objective, lengths=((1, 1),)), case.theory)
+        due, slope = predicted.reduced, float(np.nansum(np.abs(predicted.slopes)))
+    floor = case.observed[0].floor.get(f"history.train.{name}", 0.0)
+    limit = max(1.0, slope) * SPEAKING * case.precision + floor
     seen = entries(case.observed[0].history, "train", name)
     if not seen or limit > COARSE:
         what = "is not logged" if not seen else "is too coarse in this precision"

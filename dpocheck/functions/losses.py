@@ -216,24 +216,24 @@ def arrange(shape: str, four: tuple[Any, ...], lengths: Any = None, *, alternate
             "chosen_index": torch.arange(pairs),
             "rejected_index": torch.arange(pairs, 2 * pairs),
         }
+    if shape in ("sides", "tokens", "wide"):
+        counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
+        return _by_token(shape, four, counts, alternates)
+    return dict(zip(FOUR, four, strict=True))
+
+
+def _by_token(shape: str, four: tuple[Any, ...], counts: tuple[int, ...], alternates: bool) -> dict[str, Any]:
+    """Log-probs of tokens, for a loss that sums them: a mask for each side, or one for rows of both."""
+    chosen, rejected = _masks(four[0], counts)
     if shape == "sides":
-        counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
         policy, reference = (_all_spread(sides, counts, -1.0) for sides in (four[:2], four[2:]))
-        masks = dict(zip(("chosen_mask", "rejected_mask"), _masks(policy_chosen, counts), strict=True))
+        masks = {"chosen_mask": chosen, "rejected_mask": rejected}
         return dict(zip(FOUR, (*policy, *reference), strict=True)) | masks
-    if shape in ("tokens", "wide"):
-        counts = TOKENS if lengths is None else tuple(int(column[0]) for column in lengths)
-        outside = -1.0 if shape == "tokens" else 0.0  # a mask that is handed over has to be used
-        return {
-            "policy_rows": _joined(*_all_spread(four[:2], counts, outside), alternates),
-            "reference_rows": _joined(*_all_spread(four[2:], counts, outside), alternates),
-            "token_mask": _joined(*_masks(policy_chosen, counts), alternates),
-        }
+    outside = -1.0 if shape == "tokens" else 0.0  # a mask that is handed over has to be used
     return {
-        "policy_chosen": policy_chosen,
-        "policy_rejected": policy_rejected,
-        "reference_chosen": reference_chosen,
-        "reference_rejected": reference_rejected,
+        "policy_rows": _joined(*_all_spread(four[:2], counts, outside), alternates),
+        "reference_rows": _joined(*_all_spread(four[2:], counts, outside), alternates),
+        "token_mask": _joined(chosen, rejected, alternates),
     }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence as Several
 from typing import Any
 
-from dpocheck.experiment import Sequence, TrainExperiment
+from dpocheck.experiment import LossExperiment, Sequence, TrainExperiment
 from dpocheck.probes import tables
 from dpocheck.reading import SHOWS
 from dpocheck.report.describe import changed, difference, reference_words
@@ -57,11 +57,18 @@ def predicted(result: Result, runs: Several[TrainExperiment], report: Report) ->
         seen = _predict(run, report)
         numbers: dict[str, float] = {}
         if seen is not None and log:
-            numbers |= _first(_log(run, seen.history, where and where[1], line(result.where)), line(result.where))
+            told = _log(run, seen.history, where and where[1], line(result.where))
+            if not needs and _of_losses(result):  # what else is logged is no matter of the loss
+                told = {name: value for name, value in told.items() if name.startswith("loss of ")}
+            numbers |= _first(told, line(result.where))
         if seen is not None and cells:
             numbers |= _first(_cells(run, seen), line(result.where))
         found.append(numbers)
     return found
+
+
+def _of_losses(result: Result) -> bool:
+    return any(isinstance(one, LossExperiment) for one in result.experiments)
 
 
 def _needs(result: Result) -> frozenset[str]:

@@ -23,6 +23,7 @@ ASKED = (
     "dpo,beta=0.1", "ipo,beta=0.2", "hinge,beta=0.1", "robust,beta=0.5,label_smoothing=0.1",
     "cdpo,beta=0.1,label_smoothing=0.2",
 )  # fmt: skip
+DIVERGENCES = ("forward_kl,beta=0.5", "js_divergence,beta=0.2", "alpha_divergence,beta=0.5,alpha=0.3")
 
 
 def log_ratios(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
@@ -134,7 +135,7 @@ def test_what_cannot_be_asked_is_refused(given, said):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("asked", ASKED + DIVERGENCES)
 def test_the_miniature_passes_at_the_objective_asked_for(asked):
     report = audit("zoo:miniature", objective=asked)
     assert report.exit_code() == 0, [(result.id, result.reason) for result in report.results]

@@ -84,7 +84,7 @@ class Says:
     # of a batch that does not fill all processes: "repeated", rows from the start of the epoch fill it and count again;
     # None or "kept": each pair counts once
     uneven_ranks: str | None = None
-    objectives: tuple[str, ...] | None = None  # the kinds offered; None: ask and see
+    objectives: tuple[str, ...] | None = None  # the kinds offered; None: ask and see, but for divergences
     options: tuple[str, ...] = ()  # further options the documentation promises to honour
 
 

@@ -76,6 +76,15 @@ def own(experiment: Experiment, only: Mapping[str, Any], asked: Objective | None
     )  # fmt: skip
 
 
+def objectives_of(experiment: Experiment) -> tuple[Objective, ...]:
+    """The objectives at which an experiment is asked; none of log-probs alone."""
+    if isinstance(experiment, Sequence):
+        return tuple(run.recipe.objective for run in experiment.runs)
+    if isinstance(experiment, TrainExperiment):
+        return (experiment.recipe.objective,)
+    return () if isinstance(experiment, LogpExperiment) else (experiment.objective,)
+
+
 def at_start(experiment: Experiment) -> Experiment:
     """The same with the policy as its reference, for a subject whose reference is always the model it starts from.
 

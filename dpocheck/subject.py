@@ -18,6 +18,7 @@ from dpocheck import derive, fixed, reading
 from dpocheck.adapter import Says
 from dpocheck.ahead import Ahead
 from dpocheck.experiment import (
+    DIVERGENCES,
     Experiment,
     LossExperiment,
     Objective,
@@ -137,12 +138,23 @@ class Subject:
         """Why this subject has no way to show the experiment; None where it has one.  Nothing is run."""
         if ranks_of(experiment) > 1 and (reason := against_ranks(self.transport)):
             return reason
+        if reason := self.not_offered(experiment):
+            return reason
         if isinstance(experiment, Sequence):
             return None if "train" in self.capabilities else "the subject has no `train`"
         if derive.CAPABILITY[type(experiment)] in self.capabilities:
             return None
         plan = derive.plan(experiment, self.capabilities, self.theory)
         return plan if isinstance(plan, str) else None
+
+    def not_offered(self, experiment: Experiment) -> str | None:
+        """Why an objective that few trainers have is not asked for: nobody says that this one has it.
+
+        A subject need not know its name, and may raise anything.
+        """
+        kinds = {objective.kind for objective in fixed.objectives_of(experiment)} & set(DIVERGENCES)
+        said = {*(self.says.objectives or ()), *([self.objective.kind] if self.objective else [])}
+        return f"nothing says that the subject offers {sorted(kinds - said)[0]}" if kinds - said else None
 
     def _observe(self, experiment: Experiment) -> Seen:
         if derive.CAPABILITY[type(experiment)] in self.capabilities:

@@ -23,6 +23,7 @@ from dpocheck.zoo import SPECIMENS, VARIANTS, build
 PARTS = {field.name for field in dataclasses.fields(MINIATURE)} - {"says", "ranks"}
 # What only particular inputs show, which the runs of this file are not; the kill matrix has who fails them.
 PARTICULAR = {
+    "unfinished-window-carried-over": "two epochs that end within a window",
     "last-window-divided-as-if-full": "an epoch that ends within a window", "slope-lost-at-zero": "a margin of zero",
     "collapses-white-space": "two spaces in a text", "reference-without-its-last-layer": "two layers",
 }

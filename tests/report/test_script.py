@@ -98,6 +98,7 @@ def test_a_run_on_two_processes_starts_them_and_the_first_shows(report, alone):
     assert expected == pytest.approx(0.5981389, abs=2e-6)
 
 
+@pytest.mark.long
 def test_a_run_on_two_processes_that_breaks_off_shows_no_numbers(report, alone):
     adam = Recipe(batch=1, world_size=2, optimizer="adamw")  # which the tiny trainer refuses
     text = script_of(report, replace(RUN, recipe=adam))

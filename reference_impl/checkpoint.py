@@ -1,7 +1,9 @@
 """How does a run survive being killed?  Checkpoints that are there whole or not at all, and continue bit for bit.
 
-A checkpoint is the model as `from_pretrained` loads it, and under trainer/ what the run needs besides: the optimizer
-and the generators as safetensors, the step, the data's position and the history as JSON.  Nothing is a pickle.
+A checkpoint is the model, and under trainer/ what the run needs besides: the optimizer and the generators as
+safetensors, the step, the data's position and the history as JSON.  Nothing is a pickle.  A process alone writes the
+model as `from_pretrained` loads it, and so is an adapter written; several write weights/, each its own rows, from which
+export.py makes such a model.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
 from reference_impl.processes import OtherProcessError, is_loss
 from reference_impl.shards import save_tensors, shared_folder
-from reference_impl.weights import load_policy, save_policy
+from reference_impl.weights import load_policy, save_policy_to_go_on
 
 if TYPE_CHECKING:
     from reference_impl.prepare import Run
 
 log = logging.getLogger("reference_impl")
 FINAL = "final"
+TRAINER, OPTIMIZER = "trainer", "optimizer"
 
 # A continued run may change where things are and what is reported, and how a step's pairs are split; the objective, the
 # data, the steps and the precision it may not.  Paths of models and data are compared by content, not by name.
@@ -114,10 +117,10 @@ def save_checkpoint(run: Run, state: State) -> Path:
     }
     try:
         with shared_folder(target, facts, crew) as writing:
-            save_policy(run.policy, writing, crew)
-            inside = writing / "trainer"
+            save_policy_to_go_on(run.policy, writing, crew)
+            inside = writing / TRAINER
             crew.together(lambda: inside.mkdir() if crew.first else None)
-            save_tensors(optimizer_state(run.policy.model, run.optimizer), inside, "optimizer", crew)
+            save_tensors(optimizer_state(run.policy.model, run.optimizer), inside / OPTIMIZER, crew)
             crew.together(lambda: _save_state(inside, state) if crew.first else None)
         if run.config.keep_last is not None:
             old = list(checkpoints(run.folder).values())[: -run.config.keep_last]
@@ -178,10 +181,9 @@ def load_checkpoint(path: Path, run: Run) -> State:
     facts = crew.tell(crew.together(lambda: _checked(path, run) if crew.first else None))
     try:
         load_policy(run.policy, path, crew)
-        files = sorted((path / "trainer").glob("optimizer*.safetensors"))
-        crew.together(lambda: load_optimizer_state(run.policy.model, run.optimizer, files))
-        crew.together(lambda: randomness.restore(load_file(path / "trainer" / "generators.safetensors")))
-        lines = (path / "trainer" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        load_optimizer_state(run.policy.model, run.optimizer, path / TRAINER / OPTIMIZER, crew)
+        crew.together(lambda: randomness.restore(load_file(path / TRAINER / "generators.safetensors")))
+        lines = (path / TRAINER / "history.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         if is_loss(error):
             raise

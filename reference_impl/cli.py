@@ -1,6 +1,6 @@
 """How is a run started from a shell?  dpo-train CONFIG.yaml key=value ...
 
-Exit codes: 0 trained, 2 a setting, row, model or file was refused before training, 1 training could not go on,
+Exit codes: 0 done, 2 a setting, row, model or file was refused before training, 1 training could not go on,
 143 ended by SIGTERM after a checkpoint (the same command goes on).
 
 Under torchrun all processes run this; what a person is to read comes from one of them.
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("settings", nargs=-1, metavar="[rows] [CONFIG.yaml] [KEY=VALUE]...")
+@click.argument("settings", nargs=-1, metavar="[rows|export] [CONFIG.yaml] [KEY=VALUE]...")
 @click.option("--show-config", is_flag=True, help="Print the settings that would be used, and stop.")
 @click.option("--row", type=int, help="With rows: show this row (from 0), token by token.")
 @click.option("--reason", help="With rows: only rows dropped or cut for this reason.")
@@ -34,6 +35,8 @@ def command(settings: tuple[str, ...], show_config: bool, row: int | None, reaso
     With `rows` in front nothing is trained: the rows that were dropped or cut are listed, or one row is shown as the
     model sees it.
 
+    `export CHECKPOINT FOLDER` writes the model of a checkpoint into a new folder, as from_pretrained loads it.
+
     A run that was stopped goes on from its last checkpoint when the same command is given again.
     """
     # cuBLAS reads this once, before its first use; without it matrix products on a GPU may differ between runs.
@@ -42,6 +45,8 @@ def command(settings: tuple[str, ...], show_config: bool, row: int | None, reaso
         sys.exit(list_rows(settings[1:], row, reason))
     if row is not None or reason is not None:
         raise click.UsageError("--row and --reason belong to: dpo-train rows ...")
+    if settings[:1] == ("export",):
+        sys.exit(export(settings[1:]))
     sys.exit(run(settings, show_config))
 
 
@@ -92,6 +97,27 @@ def list_rows(settings: Sequence[str], row: int | None, reason: str | None) -> i
     except (ConfigError, DataError, models.ModelError) as error:
         return _refused(error, 2)
     click.echo("\n".join(lines))
+    return 0
+
+
+def export(folders: Sequence[str]) -> int:
+    """Writes a checkpoint's model into a new folder; returns the exit code."""
+    from reference_impl.checkpoint import CheckpointError
+    from reference_impl.config import ConfigError
+    from reference_impl.export import export as export_model
+    from reference_impl.files import DiskError
+    from reference_impl.models import ModelError
+
+    if len(folders) != 2:
+        raise click.UsageError("write: dpo-train export CHECKPOINT FOLDER")
+    _quiet_transformers()
+    try:
+        export_model(*map(Path, folders))
+    except (ConfigError, ModelError) as error:
+        return _refused(error, 2)
+    except (CheckpointError, DiskError) as error:
+        return _refused(error, 1)
+    click.echo(f"model: {folders[1]}")
     return 0
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from reference_impl.config import TrainConfig
-from reference_impl.shards import fill
+from reference_impl.processes import Processes
+from reference_impl.shards import load_tensors, stored_tensors
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -71,20 +70,20 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, files: Iterable[Path]) -> None:
-    """The inverse of optimizer_state, from the files that its tensors are in.
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, crew: Processes) -> None:
+    """The inverse of optimizer_state, from the folder that save_tensors wrote its tensors into.
 
     Raises:
-        KeyError: a state of a parameter that the model does not train; RuntimeError: one of another shape.
+        KeyError: a state of a parameter that the model does not train; OtherProcessError: one of another shape.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for file in files:
-        with safe_open(file, "pt") as stored:
-            for full_name in stored.keys():  # noqa: SIM118 (not a dict)
-                name, key = full_name.rsplit("::", 1)
-                state = optimizer.state[trained[name]]
-                if key == "step":  # torch keeps AdamW's step count on the CPU, everything else beside the parameter
-                    state[key] = stored.get_tensor(full_name)
-                else:
-                    state[key] = torch.empty_like(trained[name].detach())
-                    fill(state[key], stored.get_slice(full_name))
+
+    def empty() -> dict[str, Tensor]:
+        trained, made = {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+        for full_name, stored in stored_tensors(folder).items():
+            name, key = full_name.rsplit("::", 1)
+            # Torch keeps AdamW's step count on the CPU, everything else beside the parameter.
+            like = torch.empty(stored.shape, dtype=stored.dtype) if key == "step" else trained[name].detach()
+            made[full_name] = optimizer.state[trained[name]][key] = torch.empty_like(like)
+        return made
+
+    load_tensors(crew.together(empty), folder, crew)

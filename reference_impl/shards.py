@@ -1,27 +1,33 @@
-"""How do many processes write and read one checkpoint?  Each some whole tensors; each only its own part of them.
+"""How do many processes write and read one checkpoint?  By torch's distributed checkpoint: each its own rows.
 
-A tensor that lies in parts over the processes is gathered and written whole by one of them, and all share the work.
-The files are those of one process but for their number (the Hub's `-00001-of-00004`), so that anything loads them, and
-a run goes on with any number of processes.  The folder is there whole or not at all: see files.py.
+The files are safetensors whose headers say where a part belongs, so that a run goes on with any number of processes.
+A process alone writes whole tensors and reads with the same reader.  What the processes plan goes between them as torch
+sends objects; no file is a pickle.  The folder is there whole or not at all: see files.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_impl.files import begin, digest, names, seal, sync, whole_folder, writing_folder
-from reference_impl.processes import Processes
+from reference_impl.processes import OtherProcessError, Processes
+
+ALONE_FILE = "whole.safetensors"
+FILE_BYTES = 5 * 10**9
+"""Of a file of `final` and of an exported model: as much is in memory at a time."""
 
 
 @contextlib.contextmanager
@@ -62,67 +68,93 @@ def _seal(folder: Path, target: Path, facts: dict[str, Any], files: dict[str, An
 
 def _writer(name: str) -> int:
     """The rank that wrote a file: it is in the name of those that each process writes."""
-    found = re.search(r"-(\d{5})-of-\d{5}\.safetensors$", name)
+    found = re.fullmatch(r"shard-(\d{5})-.*\.safetensors", Path(name).name)
     return int(found[1]) - 1 if found else 0
 
 
-def save_tensors(tensors: dict[str, Tensor], folder: Path, stem: str, crew: Processes) -> None:
-    """Writes `stem`-…-of-….safetensors: whole tensors, shared out by size; `stem`.safetensors for a process alone."""
-    owner = _owners(tensors, crew.world)
-    mine = {}
-    for name, tensor in tensors.items():
-        whole = whole_tensor(tensor)
-        if owner[name] == crew.rank:
-            mine[name] = whole.cpu().contiguous()
-    file = folder / f"{stem}{'' if crew.world == 1 else f'-{crew.rank + 1:05d}-of-{crew.world:05d}'}.safetensors"
-    crew.together(lambda: save_file(mine, file, metadata={"format": "pt"}) if mine else None)
-
-
-def save_index(tensors: dict[str, Tensor], folder: Path, stem: str, crew: Processes) -> None:
-    """The Hub's table of which file holds which tensor."""
-    owner = _owners(tensors, crew.world)
-    table = {name: f"{stem}-{rank + 1:05d}-of-{crew.world:05d}.safetensors" for name, rank in owner.items()}
-    size = sum(_bytes(tensor) for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": table}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def load_tensors(files: Iterable[Path], into: dict[str, Tensor]) -> None:
-    """Fills tensors from files; of one that lies in parts over the processes each reads its own part.
+def save_tensors(tensors: dict[str, Tensor], folder: Path, crew: Processes) -> None:
+    """Writes tensors into a folder, each process its own rows; what all of them hold is written by one.
 
     Raises:
-        KeyError: a name that is not in both; RuntimeError: another shape.
+        OtherProcessError: one of several processes cannot write; the same in all of them.
     """
-    missing = set(into)
-    for file in files:
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (not a dict)
-                fill(into[name], stored.get_slice(name))
-                missing.discard(name)
-    if missing:
-        raise KeyError(f"{sorted(missing)[0]} is not in it")
-
-
-@torch.no_grad()
-def fill(tensor: Tensor, stored: Any) -> None:
-    """Copies a stored tensor (safetensors' slice) into a live one, or this process's part of it."""
-    if list(tensor.shape) != stored.get_shape():
-        raise RuntimeError(f"a tensor has the shape {stored.get_shape()}, but should have {list(tensor.shape)}")
-    if not hasattr(tensor, "full_tensor"):
-        tensor.copy_(stored[:] if tensor.dim() else stored[...])
+    if not tensors:
         return
-    start, end = own_rows(tensor)
-    if end > start:
-        tensor.to_local().copy_(stored[start:end])
+    if crew.world == 1:
+        folder.mkdir()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / ALONE_FILE)
+        return
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _plain_errors():
+        dcp.save(tensors, storage_writer=writer)
 
 
-def own_rows(tensor: Any) -> tuple[int, int]:
-    """First and last row (excluded) of a sharded tensor that this process holds: ⌈n/k⌉ of n rows in k parts, the last
-    parts fewer, as torch.chunk cuts them."""
-    mesh, rows = tensor.device_mesh, tensor.shape[0]
-    size = -(-rows // mesh.size(mesh.ndim - 1))
-    start = min(rows, size * mesh.get_local_rank(mesh.ndim - 1))
-    return start, min(rows, start + size)
+def load_tensors(tensors: dict[str, Tensor], folder: Path, crew: Processes) -> None:
+    """Fills tensors from a folder's safetensors files; of one that lies in parts each process reads its own rows.
+
+    The files may hold whole tensors or parts, from any number of processes, and other tensors besides.
+
+    Raises:
+        OtherProcessError: a tensor that is not in the files or has another shape there, or a file that cannot be read;
+            the same in all processes.
+    """
+    if not tensors:
+        return
+    import torch.distributed.checkpoint as dcp
+
+    with _plain_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a process alone asks for
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=crew.world == 1)
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """What a folder's safetensors files hold, whole or in parts: shapes and dtypes, on the meta device."""
+    if not folder.is_dir():
+        return {}
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    held = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: torch.empty(t.size, dtype=t.properties.dtype, device="meta") for name, t in sorted(held.items())}
+
+
+def save_files(
+    tensors: dict[str, Tensor], whole: Callable[[list[str]], dict[str, Tensor]], folder: Path, crew: Processes
+) -> None:
+    """Writes model.safetensors as everybody loads it, in the Hub's several files where it is large.
+
+    tensors: shapes and dtypes; whole: names → the whole tensors, asked for those of one file at a time, in every
+    process.  The first one writes.
+    """
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=FILE_BYTES,
+    )
+    for file, held in split.filename_to_tensors.items():
+        _first_writes(functools.partial(save_file, whole(held), folder / file, metadata={"format": "pt"}), crew)
+    if split.is_sharded:
+        index = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n"
+        _first_writes(lambda: (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8"), crew)
+
+
+def _first_writes(action: Callable[[], Any], crew: Processes) -> None:
+    crew.together(lambda: action() if crew.first else None)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What failed in one process, as an error with one line; torch's is a table of tracebacks, and no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (problem, _) = min(error.failures.items())
+        raise OtherProcessError(f"process {rank}: {' '.join(str(problem).split())}") from None
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -138,16 +170,3 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     return {name: tensor for name, tensor in state.items() if name not in every - once and name not in ignored}
-
-
-def _owners(tensors: dict[str, Tensor], world: int) -> dict[str, int]:
-    """name → rank of the process that writes it: consecutive tensors, about equal numbers of bytes."""
-    total, done, owner = sum(_bytes(tensor) for tensor in tensors.values()), 0, {}
-    for name, tensor in tensors.items():
-        owner[name] = min(world - 1, (done + _bytes(tensor) // 2) * world // max(1, total))
-        done += _bytes(tensor)
-    return owner
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

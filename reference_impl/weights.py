@@ -1,4 +1,4 @@
-"""How do a policy's weights go to files and come back?  As `from_pretrained` knows them, from one process or many."""
+"""How do a policy's weights go to files and come back?  As `from_pretrained` knows them, or in parts."""
 
 from __future__ import annotations
 
@@ -7,51 +7,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reference_impl.logps import unwrapped
 from reference_impl.models import Policy, dtype_argument, is_peft
 from reference_impl.processes import Processes
-from reference_impl.shards import load_tensors, save_index, save_tensors, saved_tensors, whole_tensor
+from reference_impl.shards import load_tensors, save_files, save_tensors, saved_tensors, stored_tensors, whole_tensor
 
-STEM, ADAPTER = "model", "adapter_model.safetensors"
+PARTS = "weights"
+"""Folder in a checkpoint of several processes: tensors in parts, under the names that they have in the live model."""
 
 
 def save_policy(policy: Policy, folder: Path, crew: Processes) -> None:
-    """Model and tokenizer as from_pretrained loads them, the config's own dropout settings included."""
+    """Model and tokenizer as from_pretrained loads them, the config's own dropout settings included.  Several processes
+    gather tensor after tensor, and the first one writes."""
+    model = policy.model
     if crew.world == 1:
-        _save_alone(policy, policy.model, folder, None)
-    elif is_peft(policy.model):
-        adapter = {name: whole_tensor(tensor).cpu() for name, tensor in _adapter_by_own_name(policy.model).items()}
-        crew.together(lambda: _save_alone(policy, policy.model, folder, adapter) if crew.first else None)
-    elif _names_are_own(policy.model, crew):
-        tensors = saved_tensors(policy.model)
-        save_tensors(tensors, folder, STEM, crew)
-        crew.together(lambda: _save_beside(policy, tensors, folder, crew) if crew.first else None)
-    else:  # names or shapes change on the way to the file, and transformers does that for the whole model at once
-        state = {name: whole_tensor(tensor).cpu() for name, tensor in policy.model.state_dict().items()}
-        crew.together(lambda: _save_alone(policy, policy.model, folder, state) if crew.first else None)
+        _save_alone(policy, folder, None)
+    elif not is_peft(model) and crew.tell(crew.together(lambda: crew.first and names_are_own(model))):
+        tensors = saved_tensors(model)
+        save_files(tensors, lambda held: _gathered({name: tensors[name] for name in held}, crew), folder, crew)
+        crew.together(lambda: _save_beside(policy, folder) if crew.first else None)
+    else:  # an adapter; or names or shapes change on the way to the file, which transformers does for a whole model
+        state = _gathered(_adapter_by_own_name(model) if is_peft(model) else model.state_dict(), crew)
+        crew.together(lambda: _save_alone(policy, folder, state) if crew.first else None)
+
+
+def save_policy_to_go_on(policy: Policy, folder: Path, crew: Processes) -> None:
+    """For a checkpoint: as save_policy, but each of several processes writes its own rows; an adapter is gathered."""
+    if crew.world == 1 or is_peft(policy.model):
+        save_policy(policy, folder, crew)
+        return
+    save_tensors(saved_tensors(policy.model), folder / PARTS, crew)
+    crew.together(lambda: _save_beside(policy, folder) if crew.first else None)
 
 
 def load_policy(policy: Policy, folder: Path, crew: Processes) -> None:
-    """Copies the weights of a checkpoint into the live model."""
+    """Copies the weights of a checkpoint, from one process or several, into the live model."""
     model = policy.model
-    if crew.world > 1:
-        _load_parts(model, folder, crew)
-        return
     if is_peft(model):
-        import peft
+        load_tensors(_adapter_by_saved_name(model), folder, crew)
+    elif (folder / PARTS).is_dir():
+        load_tensors(saved_tensors(model), folder / PARTS, crew)
+    elif crew.tell(crew.together(lambda: crew.first and files_fit(model, folder))):
+        load_tensors(saved_tensors(model), folder, crew)
+    else:
+        _load_converted(model, folder, crew)
 
-        weights = load_file(folder / ADAPTER)
-        peft.set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
-        return
-    # Through the model's own loader: it undoes what save_pretrained did to names and shapes.
-    saved = type(model).from_pretrained(folder, **dtype_argument(next(model.parameters()).dtype))
-    model.load_state_dict(saved.state_dict())
+
+def names_are_own(model: nn.Module) -> bool:
+    """Whether a model's files hold its tensors as they are in it, under their names."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5 there was no conversion
+        return True
+    there = {name: torch.empty(tensor.shape, device="meta") for name, tensor in saved_tensors(model).items()}
+    written = revert_weight_conversion(unwrapped(model), dict(there))
+    return written.keys() == there.keys() and all(written[name] is tensor for name, tensor in there.items())
 
 
-def _save_alone(policy: Policy, model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
+def files_fit(model: nn.Module, folder: Path) -> bool:
+    """Whether every tensor of a model can be read from a folder's files as it is."""
+    return names_are_own(model) and saved_tensors(model).keys() <= stored_tensors(folder).keys()
+
+
+def _gathered(tensors: dict[str, Tensor], crew: Processes) -> dict[str, Tensor]:
+    """The whole tensors, in the first process; all have to ask."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor)
+        if crew.first:
+            found[name] = whole.cpu()
+    return found
+
+
+def _save_alone(policy: Policy, folder: Path, state: dict[str, Tensor] | None) -> None:
+    model = policy.model
     given: dict[str, Any] = {} if state is None else {"state_dict": state}
     if is_peft(model):
         model.save_pretrained(folder, selected_adapters=[model.active_adapter], **given)
@@ -61,11 +92,10 @@ def _save_alone(policy: Policy, model: nn.Module, folder: Path, state: dict[str,
     _save_tokenizer(policy, folder)
 
 
-def _save_beside(policy: Policy, tensors: dict[str, Tensor], folder: Path, crew: Processes) -> None:
+def _save_beside(policy: Policy, folder: Path) -> None:
     """What lies beside the weights' files."""
     model = policy.model
-    save_index(tensors, folder, STEM, crew)
-    model.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
@@ -86,47 +116,23 @@ def _save_tokenizer(policy: Policy, folder: Path) -> None:
         policy.tokenizer.save_pretrained(folder)
 
 
-def _load_parts(model: nn.Module, folder: Path, crew: Processes) -> None:
-    if is_peft(model):
-        crew.together(lambda: load_tensors([folder / ADAPTER], _adapter_by_saved_name(model)))
-    elif _names_are_own(model, crew):
-        files = sorted(folder.glob(f"{STEM}*.safetensors"))
-        crew.together(lambda: load_tensors(files, saved_tensors(model)))
-    else:
-        _send_out(model, folder, crew)
-
-
 @torch.no_grad()
-def _send_out(model: nn.Module, folder: Path, crew: Processes) -> None:
-    """The first process reads the whole model, and each gets its part."""
+def _load_converted(model: nn.Module, folder: Path, crew: Processes) -> None:
+    """Through the model's own loader, which undoes what save_pretrained did to names and shapes.  The first process
+    reads the whole model, and each gets its part."""
     from torch.distributed.tensor import distribute_tensor
 
     kind = next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
-    loaded = crew.together(lambda: kind.from_pretrained(folder).state_dict() if crew.first else {})
+    dtype = dtype_argument(next(model.parameters()).dtype)
+    loaded = crew.together(lambda: kind.from_pretrained(folder, **dtype).state_dict() if crew.first else {})
     for name, tensor in saved_tensors(model).items():
         whole = loaded[name].to(tensor) if crew.first else torch.empty(tensor.shape, dtype=tensor.dtype)
         if hasattr(tensor, "full_tensor"):
             tensor.copy_(distribute_tensor(whole.to(crew.device), tensor.device_mesh, tensor.placements))
-        else:
+            continue
+        if crew.world > 1:
             torch.distributed.broadcast(whole, 0)
-            tensor.copy_(whole)
-
-
-def _names_are_own(model: nn.Module, crew: Processes) -> bool:
-    """Whether a model's files call its tensors by the names they have in it, and keep their shapes."""
-
-    def kept() -> bool | None:
-        if not crew.first:
-            return None
-        try:
-            from transformers.core_model_loading import revert_weight_conversion
-        except ImportError:  # before transformers 5 there was no conversion
-            return True
-        shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in saved_tensors(model).items()}
-        changed = revert_weight_conversion(unwrapped(model), dict(shapes))
-        return changed.keys() == shapes.keys() and all(changed[n].shape == t.shape for n, t in shapes.items())
-
-    return crew.tell(crew.together(kept))
+        tensor.copy_(whole)
 
 
 def _adapter_by_saved_name(model: nn.Module) -> dict[str, Tensor]:

@@ -20,11 +20,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_trainer_crash import FullDisk
-from trainer_ranks import join, one_thread, start
+from trainer_ranks import join, one_thread, put_together, start
 from trainer_tiny import gpt2, llama, numbers, pairs, rows, save
 
 from reference_impl import LoraSettings, TrainConfig, cli, train
 from reference_impl.checkpoint import checkpoints
+from reference_impl.export import export
 from reference_impl.files import check_folder
 from reference_impl.shards import save_tensors
 
@@ -56,14 +57,15 @@ def ranks(world: int, folder: Path, beside: Path, **settings: Any) -> None:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whatever number of files it is in."""
-    return {
-        f"{re_stem(file)} {name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        kinds.setdefault(kind_of(file), []).append(file)
+    return {f"{kind} {name}": t for kind, files in kinds.items() for name, t in put_together(files).items()}
 
 
-def re_stem(file: Path) -> str:
+def kind_of(file: Path) -> str:
+    if file.parent.name in ("weights", "optimizer"):
+        return "model" if file.parent.name == "weights" else "optimizer"
     return file.name.split("-")[0].removesuffix(".safetensors")
 
 
@@ -130,23 +132,6 @@ def test_groups_of_processes_resume_as_one_line(tmp_path: Path) -> None:
     assert apart(whole / "checkpoint-00000006", again / "checkpoint-00000006") < BOUND
 
 
-def test_any_checkpoint_loads_as_everybody_loads_models(tmp_path: Path) -> None:
-    ranks(2, tmp_path / "run", tmp_path, steps=2)
-    for name in ("checkpoint-00000002", "final"):
-        folder = tmp_path / "run" / name
-        assert len(list(folder.glob("model-*-of-00002.safetensors"))) == 2
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float64, output_loading_info=True
-        )
-        assert not told["missing_keys"]
-        assert not told["unexpected_keys"]
-        assert json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
-        written = {name.removeprefix("model "): t for name, t in tensors(folder).items() if name.startswith("model ")}
-        state = model.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in written.items())
-        assert state.keys() - written.keys() == {"lm_head.weight"}  # tied
-
-
 @pytest.mark.long
 def test_model_whose_files_have_other_names_is_saved_and_resumed(tmp_path: Path) -> None:
     """Experts lie in one tensor in the model, one by one in its files."""
@@ -164,6 +149,10 @@ def test_model_whose_files_have_other_names_is_saved_and_resumed(tmp_path: Path)
     names = load_file(tmp_path / "run" / "final" / "model.safetensors").keys()
     assert any("experts.1." in name for name in names), names
     before = tensors(tmp_path / "run" / "final")
+    export(tmp_path / "run" / "checkpoint-00000004", tmp_path / "exported")
+    exported = tensors(tmp_path / "exported")
+    assert exported.keys() == before.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in before.items())
     shutil.rmtree(tmp_path / "run" / "checkpoint-00000004")
     shutil.rmtree(tmp_path / "run" / "final")
     assert not any(join(start(2, action, tmp_path / "b"))), (tmp_path / "b" / "said-0.txt").read_text()
@@ -189,10 +178,10 @@ def test_full_disk_under_one_process_spoils_no_older_checkpoint(rank: int, tmp_p
 
         right = save_tensors
 
-        def full(values: Any, folder: Path, stem: str, crew: Any) -> None:
+        def full(values: Any, folder: Path, crew: Any) -> None:
             if crew.rank == rank and "00000004" in str(folder):
                 trainer_crash.limit_file_size(2000)
-            right(values, folder, stem, crew)
+            right(values, folder, crew)
 
         from reference_impl import checkpoint, weights
 

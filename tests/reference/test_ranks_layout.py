@@ -21,7 +21,6 @@ from trainer_tiny import gpt2, llama, pairs
 
 from reference_impl import TrainConfig, logps, parallel, train
 from reference_impl.processes import Processes
-from reference_impl.shards import own_rows
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forks")
 DATA, HELD = pairs(16), {"held": pairs(8, 1)}
@@ -111,6 +110,14 @@ def test_rounded_numbers_stay_within_what_rounding_explains(dtype: str, roundoff
     assert abs(exact.history[-2][2]["loss"] - exact.history[0][2]["loss"]) > 1e-3  # the run went somewhere
 
 
+def rows_of(tensor: Any) -> tuple[int, int]:
+    """First and last row (excluded) that a checkpoint's plan gives this process of a tensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset[0], offset[0] + shape[0]
+
+
 def lay_out(world: int, rank: int, shard: int | None, **sizes: int) -> dict[str, Any]:
     """What one process of `world` holds of a Llama of these sizes: nothing is allocated, nobody is asked."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -124,7 +131,7 @@ def lay_out(world: int, rank: int, shard: int | None, **sizes: int) -> dict[str,
     mesh = parallel.mesh_of(config, Processes(rank, world, torch.device("cpu")))
     whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
     parallel.spread(model, mesh, config, crew)
-    parts = {name: own_rows(p) for name, p in model.named_parameters()}
+    parts = {name: rows_of(p) for name, p in model.named_parameters()}
     local = {name: p.to_local().shape[0] for name, p in model.named_parameters()}
     dist.destroy_process_group()
     return {"whole": whole, "parts": parts, "local": local}

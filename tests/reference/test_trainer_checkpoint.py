@@ -188,7 +188,7 @@ def test_other_number_of_pairs_in_a_step_is_refused(tmp_path: Path) -> None:
 
 DAMAGE = {
     "weights flipped": lambda p: flip(p / "model.safetensors"),
-    "optimizer flipped": lambda p: flip(p / "trainer" / "optimizer.safetensors"),
+    "optimizer flipped": lambda p: flip(p / "trainer" / "optimizer" / "whole.safetensors"),
     "history cut": lambda p: (p / "trainer" / "history.jsonl").write_text(""),
     "generators gone": lambda p: (p / "trainer" / "generators.safetensors").unlink(),
     "manifest gone": lambda p: (p / "manifest.json").unlink(),

@@ -21,6 +21,7 @@ import scipy.stats  # noqa: F401
 import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trainer_tiny import gpt2, llama, numbers
 
@@ -122,3 +123,26 @@ def run(world: int, folder: Path, model: Callable[[], Any], config: dict[str, An
         assert histories[rank] == histories[0]
         assert all(torch.equal(every[rank][name], tensor) for name, tensor in every[0].items())
     return Outcome(codes, histories[0], every[0], said)
+
+
+def put_together(files: list[Path]) -> dict[str, torch.Tensor]:
+    """The tensors of safetensors files that may hold parts of them: by what the files' headers say, without torch's
+    reader.  Every number has to be there exactly once."""
+    parts: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+    for file in files:
+        with safe_open(file, "pt") as held:
+            places = json.loads((held.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in held.keys():  # noqa: SIM118 (not a dict)
+                tensor = held.get_tensor(name)
+                begin = places[name]["saved_offsets"] if places else [0] * tensor.dim()
+                parts.setdefault(name, []).append((begin, tensor))
+    wholes = {}
+    for name, found in parts.items():
+        shape = [max(b[d] + t.shape[d] for b, t in found) for d in range(found[0][1].dim())]
+        whole, times = found[0][1].new_zeros(shape), torch.zeros(shape)
+        for begin, tensor in found:
+            place = tuple(slice(b, b + size) for b, size in zip(begin, tensor.shape, strict=True))
+            whole[place], times[place] = tensor, times[place] + 1
+        assert (times == 1).all(), name
+        wholes[name] = whole
+    return wholes

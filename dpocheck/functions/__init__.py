@@ -75,7 +75,7 @@ class FunctionAdapter:
                 found[f"{one.name}: log-probs"] = Said("token by token, {} chosen and {} rejected".format(*TOKENS))
             found |= {f"{one.name}: {key}": value for key, value in one.overruled().items()}
             moved = getattr(getattr(self, form), "moved", None)
-            if moved is not None and one.match.role("logits"):
+            if moved or (moved is not None and one.match.role("logits")):
                 how = "moved by one" if moved else "not moved: as transformers takes them"
                 found[f"{one.name}: labels"] = Said(how)
         return found

@@ -66,6 +66,8 @@ def module(path: Path, names: list[str], reason: BaseException) -> types.ModuleT
 
 def _run(statement: ast.stmt, made: types.ModuleType, path: Path) -> None:
     """Run one statement; what it would have bound is Absent where it fails."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):  # a register that is not here, for one
+        statement.decorator_list = [d for d in statement.decorator_list if not _absent(d, made)]
     if isinstance(statement, ast.ClassDef):
         statement.bases = [base for base in statement.bases if not _absent(base, made)]
         decorated = [n for n in statement.body if any(_absent(d, made) for d in getattr(n, "decorator_list", ()))]

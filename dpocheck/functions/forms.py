@@ -21,8 +21,14 @@ EXAMPLES = {
     "response_logprob(model, input_ids, attention_mask, response_mask)",
     "step": "dpo_step(batch, policy, reference, optimizer), compute_loss(model, ref_model, batch, beta)",
 }
-OTHER = {"kto", "orpo", "ppo", "grpo", "cpo", "rso", "bco", "apo", "sdpo", "tdpo", "gkd", "dpop"}
-VARIANTS = {"alpha", "epsilon", "adaptive", "dynamic", "weighted", "budget", "aware"}  # before dpo: another objective
+OTHER = {
+    "kto", "orpo", "ppo", "grpo", "cpo", "rso", "bco", "apo", "sdpo", "tdpo", "gkd", "dpop",
+    "nca", "exo", "sppo", "aot", "discopop", "caldpo", "odpo", "wpo", "asft", "chipo", "focalpo",
+    "slic",  # its own loss has no reference, the hinge of DPO has one: nothing tells which of the two is meant
+}  # fmt: skip
+VARIANTS = {  # before dpo: another objective
+    "alpha", "epsilon", "adaptive", "dynamic", "weighted", "budget", "aware", "cal", "calibrated", "offset", "focal",
+}  # fmt: skip
 OTHER_WORK = {
     "eval", "evaluate", "evaluation", "valid", "validate", "validation", "accuracy", "metric", "metrics", "generate",
     "sample", "collate", "collator", "log", "plot", "save", "prepare", "load", "test", "reward", "rewards", "init",
@@ -64,7 +70,7 @@ def recognise(name: str, parameters: tuple[Parameter, ...], owner: str = "") -> 
         match = attempt(name, rest, told, options, owner)
         if match is None:
             continue
-        missing = [p.name for p in rest if p.required and p.name not in dict(match.roles)]
+        missing = [p.name for p in rest if p.required and not p.nullable and p.name not in dict(match.roles)]
         if missing:
             return Refusal(f"{match.form}, but for {', '.join(map(repr, missing))}: it is not known what to pass there")
         return match

@@ -18,13 +18,14 @@ MOVED = re.compile(r"shift|next|target", re.I)
 
 
 def wants_moved(target: Target) -> bool:
-    """Are logits and labels to be handed over already moved by one?
+    """Are logits (or the ids of which its model makes them) and labels to be handed over already moved by one?
 
     So if it does not move them itself and either its callers in the file hand over moved ones or its parameters are
     called targets.  Where nothing tells, labels are given as transformers takes them: unmoved.
     """
     facts, match = target.facts, target.match
-    if match.role("logits") is None or not facts.known or facts.shifts:
+    beside = match.role("model") and match.role("ids") and match.role("labels")
+    if not (match.role("logits") or beside) or not facts.known or facts.shifts:
         return False
     labels = match.role("labels") or match.role("ids") or ""
     return facts.callers_shift or bool(MOVED.search(labels)) or labels == "y"
@@ -123,8 +124,10 @@ class SequenceLogps:
         if self.target.match.role("logits"):
             given["logits"] = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         if self.moved:
-            moved = {"logits": slice(None, -1), "labels": slice(1, None), "ids": slice(1, None)}
-            moved |= {"completion": slice(1, None), "attention": slice(1, None)}
+            before, after = slice(None, -1), slice(1, None)
+            moved = {"logits": before, "labels": after, "ids": after, "completion": after, "attention": after}
+            if "logits" not in given:  # its model makes them of the ids
+                moved |= {"ids": before, "attention": before}
             given |= {key: given[key][:, where] for key, where in moved.items() if key in given}
         for role in self.flat & set(given):
             given[role] = given[role][0]

@@ -65,7 +65,7 @@ class Loss:
 
     def _whole(self, four: tuple[Any, ...], objective: Objective, lengths: Any) -> Any:
         if self.library == "numpy":
-            four = tuple(vector.detach().numpy().copy() for vector in four)
+            four = tuple(_array(vector) for vector in four)
         shape = "wide" if self.wide else self.target.match.shape
         if shape == "halves" and self.target.facts.paired:
             shape = "pairs"
@@ -76,7 +76,8 @@ class Loss:
             given = {role: list(rows.split(1)) for role, rows in given.items()}
         given["settings"] = {"pairs": len(four[0])}
         given |= self._lengths(four, lengths)
-        if shape == "two" and lengths is not None and self.target.match.role("chosen_length") is None:
+        per_token = shape == "two" or (shape == "four" and options.own_kind(self.target.name) == "simpo")
+        if per_token and lengths is not None and self.target.match.role("chosen_length") is None:
             for side in ("chosen", "rejected"):  # SimPO is given log-probs per token
                 given[f"policy_{side}"] = given[f"policy_{side}"] / given[f"{side}_length"]
         out = self.target.call(given, objective)
@@ -287,6 +288,14 @@ def _wants_tokens(error: Exception) -> bool:
 def _wants_one(error: Exception) -> bool:
     """Was one number wanted where several were given?"""
     return any(text in str(error) for text in ONE_NUMBER)
+
+
+def _array(vector: Any) -> Any:
+    """A vector for a function of numpy.  Raises Unsupported for a type of number that numpy has not."""
+    try:
+        return vector.detach().numpy().copy()
+    except TypeError:
+        raise Unsupported(f"{str(vector.dtype).removeprefix('torch.')}: numpy has no such numbers") from None
 
 
 def _numpy_number(value: float) -> Any:

@@ -51,11 +51,21 @@ def values(objective: Objective) -> dict[str, Any]:
     }
 
 
+class NoText(Unsupported, AttributeError):
+    """A function asks its tokenizer for more than the padding's id; so it takes text, and is given tokens here."""
+
+
 class PadToken:
     """Stands in for a tokenizer where nothing but the padding's id is asked of it."""
 
     def __init__(self, pad: int) -> None:
         self.pad_token_id = pad
+
+    def __getattr__(self, name: str) -> Any:
+        raise NoText(f"text: it asks its tokenizer for {name}; functions are given rows of tokens, trainers text")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise NoText("text: it tokenizes; functions are given rows of tokens, trainers text")
 
 
 class Nothing:

@@ -115,6 +115,7 @@ class Parameter:
     kind: str = "positional"
     required: bool = True
     default: Any = None  # where it is a literal
+    nullable: bool = False  # its annotation says that it may be None
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,11 @@ def concept(name: str) -> Concept:
     if what == "" and which and found <= CHOSEN | REJECTED | WHOLE:
         what = "side"  # `chosen` alone: the ids of a row, or all its tensors
     return Concept(who, which, what, bool(found & PROMPT), bool(found & COMPLETION))
+
+
+def admits_none(annotation: str) -> bool:
+    """`Tensor | None`, `Optional[Tensor]`"""
+    return bool(re.search(r"\bNone\b|\bOptional\[", annotation))
 
 
 def is_batch(name: str) -> bool:

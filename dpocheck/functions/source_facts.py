@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from dpocheck.functions import habits
 from dpocheck.functions.habits import Habits
-from dpocheck.functions.parameters import Parameter, concept, option
+from dpocheck.functions.parameters import Parameter, admits_none, concept, option
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -58,16 +58,22 @@ def parameters(node: Function) -> tuple[Parameter, ...]:
     positional = [*given.posonlyargs, *given.args]
     optional = len(positional) - len(given.defaults)
     found = [
-        Parameter(arg.arg, "positional", i < optional, None if i < optional else _literal(given.defaults[i - optional]))
+        Parameter(arg.arg, "positional", i < optional, None if i < optional else _literal(given.defaults[i - optional]),
+                  _nullable(arg))
         for i, arg in enumerate(positional)
-    ]
+    ]  # fmt: skip
     if given.vararg:
         found.append(Parameter(given.vararg.arg, "star", False))
     for arg, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-        found.append(Parameter(arg.arg, "keyword", default is None, None if default is None else _literal(default)))
+        literal = None if default is None else _literal(default)
+        found.append(Parameter(arg.arg, "keyword", default is None, literal, _nullable(arg)))
     if given.kwarg:
         found.append(Parameter(given.kwarg.arg, "stars", False))
     return tuple(found)
+
+
+def _nullable(arg: ast.arg) -> bool:
+    return arg.annotation is not None and admits_none(ast.unparse(arg.annotation))
 
 
 def _literal(node: ast.expr) -> object:
@@ -120,7 +126,7 @@ def facts(tree: ast.Module, node: Function, owner: ast.ClassDef | None = None) -
         callers_shift=bool(name) and _callers_move(tree, name),
         ignores=any(isinstance(n, ast.Constant) and n.value == 100 and not isinstance(n.value, bool) for n in inside)
         or any("ignore" in word.lower() for word in _names(inside)),
-        unpacks=any(_unpacks(n) for n in inside),
+        unpacks=any(_unpacks(n) for n in inside) or _first_of_output(inside),
         foreign=_foreign(inside, owner),
         nested=any(_nests(n) for n in inside),
         alternates=any(isinstance(n, ast.Slice) and _one(n.step, 2) for n in inside),
@@ -285,6 +291,23 @@ def _unpacks(node: ast.AST) -> bool:
         return False
     called = _last(node.value.func).lower() if isinstance(node.targets[0], ast.Tuple) else ""
     return called in ("model", "policy", "policy_model", "lm", "net")
+
+
+def _first_of_output(inside: list[ast.AST]) -> bool:
+    """`out = model(x)` and then `out[0]`, or `model(x)[0]`, where no batch of one row is made, whose row that may be"""
+    if any(_unsqueezed(node) for node in inside):
+        return False
+    calls = ("model", "policy", "policy_model", "lm", "net")
+    asked = [n for n in inside if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call)]
+    names = {_last(n.targets[0]) for n in asked if _last(n.value.func).lower() in calls} - {""}
+    for node in inside:
+        if isinstance(node, ast.Subscript) and _one(node.slice, 0) and not isinstance(node.slice, ast.Slice):
+            held = node.value
+            if isinstance(held, ast.Name) and held.id in names:
+                return True
+            if isinstance(held, ast.Call) and _last(held.func).lower() in calls:
+                return True
+    return False
 
 
 def _unsqueezed(node: ast.AST) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from dpocheck.adapter import Objective
 from dpocheck.functions import options, source_facts
 from dpocheck.functions.forms import Match, Refusal, doubt, recognise, uncallable
-from dpocheck.functions.parameters import NotRecognised, Parameter, concept, option
+from dpocheck.functions.parameters import NotRecognised, Parameter, admits_none, concept, option
 from dpocheck.functions.source_facts import NOTHING, Facts
 
 MISSING = object()
@@ -50,8 +50,17 @@ class Target:
     def overruled(self) -> dict[str, Any]:
         """Parameters whose default is another than what is passed, where that changes what is computed."""
         defaults = {p.name: p.default for p in self.parameters}
-        return {name: False for key, name in self.match.options
-                if key == "average" and self.match.form != "loss" and defaults[name] is True}  # fmt: skip
+        found: dict[str, Any] = {}
+        for key, name in self.match.options:
+            if key == "average" and self.match.form != "loss" and defaults[name] is True:
+                found[name] = False
+            if key == "reduction" and self.match.form == "sequence_logps" and defaults[name] not in (None, "sum"):
+                found |= {name: "sum"} if self._sums() else {}
+        return found
+
+    def _sums(self) -> bool:
+        """Does it know a reduction called sum?  A function whose default is another is asked for the sum."""
+        return "sum" in self.facts.strings
 
     def _globals(self) -> dict[str, Any]:
         """Numbers of its module that it reads, by names of options: `BETA = 0.1`."""
@@ -76,6 +85,7 @@ class Target:
             value = self._option(key, known, defaults[name])
             if value is not MISSING:
                 arguments[name] = value
+        arguments |= {p.name: None for p in self.parameters if p.required and p.nullable and p.name not in arguments}
         with self._told(known):
             return self._bound(known, models or {})(*self._positional(arguments), **arguments)
 
@@ -90,6 +100,8 @@ class Target:
         if key == "kind":
             return options.spelled_kind(known["kind"], parameter.default, self.facts.strings, self.name)
         if key == "reduction":  # of a loss it may be set for more than pairs; where it has a default, that is its own
+            if self.match.form == "sequence_logps" and self._sums():
+                return "sum"
             return ("mean" if self.match.form == "loss" else "sum") if parameter.required else MISSING
         if key == "average" and parameter.name == "mean" and not isinstance(parameter.default, bool | None):
             return MISSING
@@ -215,6 +227,7 @@ def live_parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
             kinds.get(p.kind.name, "positional"),
             p.default is inspect.Parameter.empty and p.kind.name not in ("VAR_POSITIONAL", "VAR_KEYWORD"),
             None if p.default is inspect.Parameter.empty else p.default,
+            admits_none(p.annotation if isinstance(p.annotation, str) else str(p.annotation)),
         )
         for p in signature.parameters.values()
     )

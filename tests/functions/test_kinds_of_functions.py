@@ -40,6 +40,7 @@ STEP = StepExperiment(table(1), table(2), PAIRS, Objective(beta=0.1), pad=12, eo
 
 @pytest.mark.parametrize("name", [
     "lists_rejected_first_dpo_loss", "cut_rejected_first_dpo_loss", "masked_sides_dpo_loss", "short_sides_dpo_loss",
+    "may_be_none_dpo_loss",
 ])  # fmt: skip
 def test_a_loss_of_this_kind_gives_minus_log_sigmoid_of_beta_h(name):
     seen = ask(f"{KINDS}:{name}", TWO)
@@ -55,9 +56,34 @@ def test_a_mean_over_masked_tokens_shows_in_a_loss_of_masked_sides():
 
 @pytest.mark.parametrize("name", [
     "encoded_logps", "listed_logp", "zeroed_labels_logps", "padded_labels_logps", "reduced_logps", "sides_logps",
+    "targets_beside_its_model_logps", "first_of_output_logps",
 ])  # fmt: skip
 def test_a_log_prob_of_this_kind_is_the_sum_over_the_completion(name, tmp_path):
     assert ask(f"{KINDS}:{name}", LOGPS, tmp_path)["logps"] == pytest.approx(COUNTED, abs=FLOAT32)
+
+
+def test_what_a_log_prob_function_was_asked_for_against_its_default_is_said(tmp_path):
+    forced = ask(f"{KINDS}:targets_beside_its_model_logps", LOGPS, tmp_path)["forced"]
+    assert forced["targets_beside_its_model_logps: reduction"] == "'sum'"
+    assert forced["targets_beside_its_model_logps: labels"] == "moved by one"
+
+
+def test_simpo_that_takes_a_reference_and_leaves_it_is_given_log_probs_per_token():
+    gamma = Objective("simpo", beta=2.0, gamma=0.5)
+    seen = ask(f"{KINDS}:unused_reference_simpo_loss", LossExperiment(*PAIR_LOGPS, gamma, lengths=((2, 3), (5, 2))))
+    margins = [2.0 * (-3.5 / 2 + 6.0 / 3) - 0.5, 2.0 * (-7.25 / 5 + 4.5 / 2) - 0.5]
+    assert seen["per_pair"] == pytest.approx([math.log1p(math.exp(-m)) for m in margins])
+
+
+def test_numbers_that_numpy_has_not_are_not_asked_of_it():
+    brief = LossExperiment(*PAIR_LOGPS, objective=Objective(beta=0.5), dtype="bfloat16")
+    with pytest.raises(Unsupported, match="bfloat16: numpy has no such numbers"):
+        ask(f"{SUBJECTS / 'losses.py'}:numpy_dpo", brief)
+
+
+def test_a_step_that_takes_text_is_not_asked_for_tokens(tmp_path):
+    with pytest.raises(Unsupported, match="it asks its tokenizer for apply_chat_template"):
+        ask(f"{KINDS}:text_dpo_loss", STEP, tmp_path)
 
 
 def test_labels_that_are_the_ids_by_its_callers_are_given_as_ids(tmp_path):
@@ -90,6 +116,8 @@ def test_a_step_that_takes_no_attention_mask_is_not_asked_about_left_padding(tmp
 @pytest.mark.parametrize(("name", "reason"), [
     ("numbered_dpo_loss", "do not say which completion is the preferred one"),
     ("weighted_dpo_loss", "weighted-DPO is another objective"),
+    ("slic_hinge_loss", "slic is not a loss of pairs that is audited here"),
+    ("nca_pair_loss", "nca is not a loss of pairs that is audited here"),
     ("sequence_first_logps", r"it takes rows as \(sequence, batch\)"),
     ("targets_beside_logps", "it gives its model 'targets' beside the ids"),
 ])  # fmt: skip
@@ -112,7 +140,9 @@ def test_a_function_of_another_librarys_arrays_is_refused(tmp_path):
 ABSENT = SUBJECTS / "absent.py"
 
 
-@pytest.mark.parametrize("name", ["dpo_loss", "PlainTrainer.dpo_loss", "Trainer.dpo_loss"])
+@pytest.mark.parametrize("name", [
+    "dpo_loss", "PlainTrainer.dpo_loss", "Trainer.dpo_loss", "RegisteredLoss.compute_loss",
+])  # fmt: skip
 def test_a_function_is_run_without_the_imports_that_it_does_not_need(name):
     seen = ask(f"{ABSENT}:{name}", TWO)
     assert seen["per_pair"] == pytest.approx(EACH, rel=1e-12)

@@ -42,3 +42,14 @@ def helped_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, be
 class Adapter:
     def loss(self, policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, objective, lengths=None):
         return helper(policy_chosen)
+
+
+@logger.register("sigmoid")
+class RegisteredLoss(Base):
+    def __init__(self, beta=0.1):
+        self.beta = beta
+
+    def compute_loss(self, policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
+        return -F.logsigmoid(
+            self.beta * margin(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        )

@@ -169,3 +169,47 @@ class KeptDefaults:
         if self.reduction != "sum":
             raise ValueError(self.reduction)
         return -F.logsigmoid(self.beta * (chosen - rejected - ref_chosen + ref_rejected)).mean()
+
+
+# ------------------------------------------------------- what a second sample showed: targets, defaults, other models
+
+
+def targets_beside_its_model_logps(model, input_ids, targets, reduction="mean"):
+    """Of a data set whose inputs end one token early and whose targets begin one late; its sum is an option."""
+    each = model(input_ids)["logits"].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    mask = targets != -100
+    total = (each * mask).sum(-1)
+    return total if reduction == "sum" else total / mask.sum(-1)
+
+
+def first_of_output_logps(model, input_ids, labels):
+    outputs = model(input_ids)
+    each = outputs[0][:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (each * (labels[:, 1:] != -100)).sum(-1)
+
+
+def text_dpo_loss(batch, tokenizer, policy_model, ref_model, beta):
+    rows = [tokenizer.apply_chat_template(text) for text in batch["chosen"]]
+    other = [tokenizer.apply_chat_template(text) for text in batch["rejected"]]
+    gains = policy_model(rows).logits - ref_model(other).logits
+    return -F.logsigmoid(beta * gains.sum())
+
+
+def may_be_none_dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
+                         offsets: torch.Tensor | None, beta: float = 0.1):  # fmt: skip
+    h = policy_chosen_logps - policy_rejected_logps - ref_chosen_logps + ref_rejected_logps
+    return -F.logsigmoid(beta * h if offsets is None else beta * h - offsets)
+
+
+def unused_reference_simpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                                reference_rejected_logps, beta=2.0, gamma=0.5):  # fmt: skip
+    return -F.logsigmoid(beta * (policy_chosen_logps - policy_rejected_logps) - gamma)
+
+
+def slic_hinge_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+    return torch.relu(1 - beta * (policy_chosen_logps - policy_rejected_logps))
+
+
+def nca_pair_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+    chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+    return -F.logsigmoid(beta * chosen) - (F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected)) / 2

@@ -170,6 +170,11 @@ def _window(theory: Theory) -> Experiment:
     return scenes.run(scenes.rectangular(6), theory, recipe)
 
 
+def _clipped(theory: Theory) -> Experiment:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=6, clip_norm=2.0**-5)
+    return scenes.run(scenes.rectangular(6), theory, recipe)
+
+
 QUESTIONS = (
     Question("CONV-EOS", "eos", "rows", "tokens", _one_pair, ("gradient",), {
         "appended": "EOS is appended once to a text completion", "none": "no EOS is added to a text completion",
@@ -231,6 +236,14 @@ QUESTIONS = (
     Question("CONV-WINDOW", "incomplete_window", "runs", "run", _window, ("logits",), {
         "stepped": "a last, incomplete accumulation window takes a step",
         "dropped": "a last, incomplete window is dropped",
+    }),
+    Question("CONV-NORM", "norm_logged", "metrics", "metrics", _clipped, ("grad_norm",), {
+        "whole": "the logged gradient norm is that before clipping",
+        "clipped": "the logged gradient norm is that after clipping",
+    }),
+    Question("CONV-RATE", "rate_logged", "metrics", "metrics", _warm_up, ("learning_rate",), {
+        "own": "the rate that is logged at a step is that step's",
+        "next": "the rate that is logged at a step is the next step's",
     }),
 )  # fmt: skip
 

@@ -90,6 +90,32 @@ _metric(
 )  # fmt: skip
 
 
+def _norms(theory: Theory) -> list:
+    plain = Recipe(Objective(beta=0.5), learning_rate=scenes.ONE_STEP, batch=6)
+    clipped = replace(plain, clip_norm=2.0**-5)
+    pairs = scenes.rectangular(6)
+    return [
+        scene(name, scenes.run(pairs, theory, recipe), family=family)
+        for name, recipe, family in (
+            ("six pairs", plain, "metrics"), ("six pairs, clipped at a fraction of the norm", clipped, "clip"),
+            ("the same over three micro-batches", replace(clipped, batch=2, accumulation=3), "clip"),
+        )
+    ]  # fmt: skip
+
+
+@check(
+    "METRIC-GRAD-NORM", chapter="metrics", stage="metrics", level="should", needs={"train.history.grad_norm"},
+    scenes=_norms, rivals=(),
+    claim="The logged gradient norm is the Euclidean norm of the step's whole gradient, before clipping or after it.",
+    source="Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1: the norm of all parameters' gradients",
+    covers=("STEP-GRADNORM",), why="A clipping threshold is chosen by this number, and a diverging run is seen in it.",
+    bug="A norm of the last micro-batch, or of a gradient that is still multiplied by the loss scale.",
+    fix="Log what the clipping function returns.",
+)  # fmt: skip
+def grad_norm(case: Case) -> Comparison:
+    return logged(case, "grad_norm")
+
+
 def _short(theory: Theory) -> list:
     recipe = Recipe(Objective(beta=0.5), learning_rate=STILL, batch=2, accumulation=3)
     return [scene("five pairs as micro-batches of 2, 2 and 1", scenes.run(scenes.rectangular(5), theory, recipe),

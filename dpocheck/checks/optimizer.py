@@ -60,6 +60,8 @@ def _logged_rate(case: Case) -> Comparison:
         verdict="pass")
 
 
+RATE, EPSILON = 2.0**10, 2.0**8  # in units of a parameter; a logit's gradient, about 1/8, is 2^7 of them
+
 # ------------------------------------------------------------------------------------------------ momentum and decay
 
 
@@ -85,28 +87,51 @@ def momentum(case: Case) -> Comparison:
 
 def _decay(theory: Theory) -> list:
     recipe = Recipe(Objective(beta=0.5), learning_rate=8.0, weight_decay=2.0**-6, batch=4)
-    run = scenes.run(scenes.rectangular(4), theory, recipe)
-    return [scene("one step on four pairs, rate times decay 1/8", run, family="decay")]
+    adamw = Recipe(
+        Objective(beta=0.5), optimizer="adamw", learning_rate=RATE, betas=(0.5, 0.9375), epsilon=EPSILON, batch=4,
+        weight_decay=2.0**-3 / RATE,
+    )  # fmt: skip
+    return [
+        scene(f"{name}, rate times decay 1/8", scenes.run(scenes.rectangular(4), theory, asked), family=family)
+        for name, asked, family in (
+            ("one step on four pairs", recipe, "decay"), ("one step of AdamW on four pairs", adamw, "adam decay"),
+        )
+    ]  # fmt: skip
 
 
 @check(
     "STEP-DECAY", chapter="step", stage="run", level="should", needs={"train.logits"}, scenes=_decay,
     rivals=(PAPER.but(weight_decay_extra=-(2.0**-6)),),
-    claim="Weight decay w takes the share rate * w of each weight away, once a step.",
-    source="Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 1; torch.optim.SGD", covers=("RUN-REPLAY",),
+    claim="Weight decay w takes the share rate * w of each weight away, once a step; with AdamW it does not go through "
+    "the moments.",
+    source="Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithms 1 and 2; torch.optim.SGD", covers=("RUN-REPLAY",),
     why="Where its sign or its factor is wrong, weights grow or vanish, far too slowly for the loss to show it.",
     bug="A decay given to the optimizer and to the loss as well: it acts twice.",
     fix="Hand the decay to the optimizer alone, as it was asked for.",
 )  # fmt: skip
 def decay(case: Case) -> Comparison:
-    """Whether it enters the momentum, and whether the norms decay too, is open."""
+    """Whether it enters the momentum of SGD, and whether the norms decay too, is open."""
+    if case.experiments[0].recipe.optimizer == "adamw":
+        return _decoupled(case)
     told = [agree(replace(case, theory=case.theory.but(decay=rule)), "logits") for rule in CONVENTIONS["decay"]]
     return next((one for one in told if one.verdict == "pass"), told[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- Adam
+def _decoupled(case: Case) -> Comparison:
+    """The decay is what AdamW is named for: added to the gradient, Adam divides it by the gradient's own size."""
+    run, seen = case.experiments[0], case.observed[0]
 
-RATE, EPSILON = 2.0**10, 2.0**8  # in units of a parameter; a logit's gradient, about 1/8, is 2^7 of them
+    def against(rule: str) -> Comparison:
+        expected, noise = adam_replay(run, case, rule)
+        return close(seen.logits, expected, noise + seen.floor.get("logits", 0.0), label=labels(run, "logits"))
+
+    told = against("decoupled")
+    if told.verdict == "fail" and against("coupled").verdict == "pass":
+        return replace(told, where=f"{told.where}: the decay is added to the gradient, as an L2 penalty on the loss is")
+    return told
+
+
+# --------------------------------------------------------------------------------------------------------------- Adam
 
 
 def _adam(theory: Theory) -> list:
@@ -141,15 +166,15 @@ def adam(case: Case) -> Comparison:
     return close(case.observed[0].logits, expected, limit, label=labels(case.experiments[0], "logits"))
 
 
-def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Logits after AdamW without weight decay, and the largest deviation of a correct run.
+def adam_replay(run: TrainExperiment, case: Case, decay: str = "decoupled") -> tuple[np.ndarray, np.ndarray]:
+    """Logits after AdamW, and the largest deviation of a correct run.  `decay`: as in a `Theory`.
 
     A parameter is a logit over k and its gradient k times the logit's: with rate r / k^2, a step moves a logit by
     (r / k) m^ / (sqrt(v^) + epsilon / k), averages taken over the logits' gradients.  With G the greatest gradient,
     the step changes by at most (1 + G / e) / e per unit of error in the gradients, e = epsilon / k.  Pairs own their
     tokens, so that the gradient of B pairs changes by at most (beta^2 / 4 * |d|^2 + beta / 2) / B per unit of error
     in the logits, with |d|^2 <= 2 for each of a pair's six tokens.  Averages with powers, root and quotient are 16
-    roundings; the sum is stored with one more.
+    roundings; the sum is stored with one more.  The decay's share is rounded twice, its product with a weight once.
     """
     recipe, u = run.recipe, case.precision
     k = scales(recipe.dtype).k
@@ -160,6 +185,8 @@ def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarra
     for step in range(recipe.steps):
         start = step * recipe.batch % len(pairs)
         gradient, open_ = _gradient(run, case, logits, pairs[start : start + recipe.batch])
+        if decay == "coupled":
+            gradient = gradient + recipe.weight_decay * logits
         first = recipe.betas[0] * first + (1 - recipe.betas[0]) * gradient
         second = recipe.betas[1] * second + (1 - recipe.betas[1]) * gradient**2
         m, v = first / (1 - recipe.betas[0] ** (step + 1)), second / (1 - recipe.betas[1] ** (step + 1))
@@ -167,8 +194,10 @@ def adam_replay(run: TrainExperiment, case: Case) -> tuple[np.ndarray, np.ndarra
         steep = rate / e * (1 + float(np.abs(m).max()) / e)
         bend = (3 * beta**2 + beta / 2) / recipe.batch
         carried = carried * (1 + steep * bend) + steep * open_ + 16 * u * float(np.abs(move).max())
-        carried += 2 * u * float(np.abs(logits).max(where=logits > scenes.NEVER, initial=1.0))
-        logits = logits - move
+        roundings = 5 if recipe.weight_decay else 2
+        carried += roundings * u * float(np.abs(logits).max(where=logits > scenes.NEVER, initial=1.0))
+        share = recipe.learning_rate * recipe.weight_decay if decay == "decoupled" else 0.0
+        logits = (1.0 - share) * logits - move
     return logits, np.full_like(logits, carried)
 
 

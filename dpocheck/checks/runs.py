@@ -102,8 +102,10 @@ def _coverage(theory: Theory) -> list:
     drawn with replacement one goes unseen 399 times in 400."""
     plain = Recipe(HALF, learning_rate=8.0, batch=2, steps=None, epochs=1, seed=5)
     mixed = replace(plain, batch=1, shuffle=True)
+    five = scenes.run(scenes.rectangular(5), theory, plain)
     return [
-        scene("one epoch over five pairs, in order", scenes.run(scenes.rectangular(5), theory, plain), family="epoch"),
+        scene("one epoch over five pairs, in order", five, family="epoch"),
+        scene("the same from a JSONL file", replace(five, rows_on_disk=True), family="epoch"),
         scene("one epoch over eight pairs, shuffled", scenes.run(scenes.rectangular(8), theory, mixed), family="epoch"),
     ]
 
@@ -229,7 +231,9 @@ def saved(case: Case) -> Comparison:
 def _evaluated(theory: Theory) -> list:
     recipe = Recipe(HALF, learning_rate=8.0, batch=2, steps=4, shuffle=True, seed=2, eval_batch=3)
     run = scenes.run(scenes.rectangular(5), theory, recipe)
-    held = replace(run, evaluation=(("held", run.rows),), recipe=replace(recipe, eval_every=1))
+    # Preferences that contradict the training: their loss grows, and the best evaluation is the first one.
+    against = tuple(replace(row, chosen=row.rejected, rejected=row.chosen) for row in run.rows)
+    held = replace(run, evaluation=(("held", against),), recipe=replace(recipe, eval_every=1))
     return [scene("four shuffled steps, without and with an evaluation after each", Sequence((run, held)),
         family="replay")]
 
@@ -239,8 +243,9 @@ def _evaluated(theory: Theory) -> list:
     stage="run", level="must", needs={"sequence.digest"}, scenes=_evaluated,
     claim="An evaluation in between changes nothing in the training.", source="evaluation has no side effects",
     covers=("RUN-EVAL-PURE", "REF-RNG"), why="Two runs that differ in how often they are evaluated would differ.",
-    bug="Evaluation that draws from the training's random numbers, or leaves the policy in eval mode.",
-    fix="Restore mode and random state after evaluating.",
+    bug="Evaluation that draws from the training's random numbers, or leaves the policy in eval mode; the weights of "
+    "the best evaluation handed back where nobody asked for them.",
+    fix="Restore mode and random state after evaluating; hand back what was trained.",
 )  # fmt: skip
 def eval_pure(case: Case) -> Comparison:
     return _same_digest(case, "the run with evaluations")

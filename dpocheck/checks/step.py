@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpocheck.check import Case, Comparison, agree, check, equal, labels, scene, worst
+from dpocheck.check import Case, Comparison, agree, check, close, equal, labels, scene, worst
 from dpocheck.checks import draws, scenes
 from dpocheck.experiment import Body, Objective, Recipe, TrainExperiment
 from dpocheck.oracle.theory import PAPER, Theory
@@ -234,6 +234,58 @@ def _no_clip(theory: Theory) -> list:
 )  # fmt: skip
 def clip_inactive(case: Case) -> Comparison:
     return agree(case, "gradient")
+
+
+def _tensors(theory: Theory) -> list:
+    """A step that is longer than the weights: what is stored of it is the gradient, to rounding."""
+    recipe = Recipe(Objective(beta=0.5), learning_rate=64.0, batch=4)
+    pairs = scenes.rectangular(4, prompt=3, completion=3)
+    whole = scenes.run(pairs, theory, recipe, body=Body("speaking", layers=2), policy=None, reference=None)
+    clipped = replace(whole, recipe=replace(recipe, clip_norm=2.0**-5))
+    return [scene("an ordinary small Llama, one step without clipping and one with", whole, clipped,
+        family="clip tensors")]  # fmt: skip
+
+
+@check(
+    "CLIP-GLOBAL", chapter="step", stage="step", level="must", needs={"train.weights"},
+    scenes=_tensors,
+    claim="One factor clips the gradients of all parameters: threshold over the norm of all of them together.",
+    source="Pascanu et al. 2013 (arXiv:1211.5063), algorithm 1", covers=("CLIP-ACTIVE", "RUN-CLIP"),
+    why="Parameters that are clipped one by one get a step in another direction than the gradient's.",
+    bug="clip_grad_norm_ called on each parameter, or on each group of them.",
+    fix="Clip once, over all parameters that are trained.",
+)  # fmt: skip
+def clip_global(case: Case) -> Comparison:
+    """The step without clipping is rate * g, so that the one with it has to be threshold / |g| of it.
+
+    A change is read off weights that are stored to nearest, before and after: each of its numbers is off by the
+    roundoff times twice the weight plus the change.  The two forwards and backwards are the same arithmetic on the same
+    numbers; their gradients may differ where a kernel adds in another order, by some hundred roundings.
+    """
+    recipe = case.experiments[1].recipe
+    whole, clipped = (seen.weights for seen in case.observed)
+    names = sorted(name for name in whole if np.any(whole[name]) and name in clipped)
+    sizes = {name: (float(np.linalg.norm(whole[name])), float(np.linalg.norm(clipped[name]))) for name in names}
+    step = recipe.learning_rate * recipe.clip_norm  # the length of a clipped step
+    norm = float(np.linalg.norm([size for size, _ in sizes.values()]))
+    if norm <= 2.0 * step:
+        return Comparison("unknown", reason=f"the gradient is {norm / step:.3g} times the threshold, too little to tell")
+    told = [_one_factor(case, name, *sizes[name], step / norm, norm) for name in names]
+    found = worst(told)
+    alone = [name for name in names if abs(sizes[name][1] - min(step, sizes[name][0])) < 1e-3 * step]
+    if found.verdict == "fail" and len(alone) == len(names):
+        return replace(found, where=f"{found.where}: each parameter is clipped alone")
+    return found
+
+
+def _one_factor(case: Case, name: str, whole: float, clipped: float, factor: float, norm: float) -> Comparison:
+    """The length of one parameter's clipped step against `factor` times that of its step without clipping."""
+    count = case.observed[0].weights[name].size
+    weight = 2.0 * np.sqrt(count)  # the probe's weights lie within (-1.2, 1.2); as a norm, with room
+    open_ = case.precision * ((2.0 * weight + clipped) + factor * (2.0 * weight + whole) + 500.0 * factor * norm)
+    if factor * whole < 8.0 * open_:
+        return Comparison("not-applicable", reason=f"{name} moves too little")
+    return close(clipped, factor * whole, open_, label=lambda _: f"length of the clipped step of {name}")
 
 
 def _speaking(theory: Theory) -> list:

@@ -16,6 +16,7 @@ from dpocheck.miniature.rows import (
     batches_of,
     collate,
     common_prefix,
+    read,
     render,
     tokenize,
     truncate,
@@ -39,5 +40,6 @@ __all__ = [
     "MINIATURE", "Batch", "Example", "Miniature", "Progress", "Scored", "Side", "Text", "accumulate", "added",
     "batches_of", "check", "checkpoint", "clip", "collate", "common_prefix", "divergence", "evaluate", "exchange",
     "factor", "fingerprint", "forward", "frozen_copy", "gather", "here", "logps", "loss", "metrics", "models",
-    "optimizer_of", "order", "reduce", "reference", "render", "resume", "share", "tokenize", "truncate", "update",
+    "optimizer_of", "order", "read", "reduce", "reference", "render", "resume", "share", "tokenize", "truncate",
+    "update",
 ]  # fmt: skip

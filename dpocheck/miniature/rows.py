@@ -1,4 +1,5 @@
-"""How does a row of text or messages become two padded token rows?  Parts: render, tokenize, truncate, collate.
+"""How does a row of text or messages become two padded token rows?  Parts: read, render, tokenize, truncate,
+collate.
 
 Choices that the sources leave open: EOS closes a text completion, never a templated chat; prompt and completion are
 tokenised as one text and split where either side stops agreeing with the prompt; each side is truncated by itself, and
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +57,13 @@ class Batch(PairBatch):
     """A pair batch that knows its rows' numbers."""
 
     rows: tuple[int, ...] = ()
+
+
+def read(given: Sequence[Mapping[str, Any]] | str | Path) -> list[Mapping[str, Any]]:
+    """The rows of a data set: a list, or a file with a JSON object on each line."""
+    if not isinstance(given, str | Path):
+        return list(given)
+    return [json.loads(line) for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ SAYS = Says(
 class Miniature:
     """The parts; the part `loss` is the adapter's method of that name as it stands."""
 
+    read: Callable[..., list[dict[str, Any]]] = rows_parts.read
     render: Callable[..., rows_parts.Text] = rows_parts.render
     tokenize: Callable[..., Example] = rows_parts.tokenize
     truncate: Callable[..., Example | None] = rows_parts.truncate
@@ -141,9 +141,7 @@ class Miniature:
         number = itertools.count()
         sets = {}
         for name, given in rows.items():
-            if isinstance(given, str | Path):
-                given = [json.loads(line) for line in Path(given).read_text().splitlines() if line.strip()]
-            pairs = (self.tokenize(self.render(row, tokenizer), tokenizer, next(number)) for row in given)
+            pairs = (self.tokenize(self.render(row, tokenizer), tokenizer, next(number)) for row in self.read(given))
             sets[name] = [cut for pair in pairs if (cut := self.truncate(pair, recipe)) is not None]
         return sets
 

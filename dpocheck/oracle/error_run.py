@@ -95,7 +95,8 @@ def _step(
     open_, norm = summed(exact), float(np.linalg.norm(gradient))
     errors.metrics[number + 1, "train"]["grad_norm"] = float(np.linalg.norm(summed(drifted))) + _norm_error(norm, u)
     speed = rate(number, plan_.steps, recipe, theory)
-    errors.metrics[number + 1, "train"]["learning_rate"] = 4.0 * u * speed
+    logged = speed if theory.rate_logged == "own" else rate(number + 1, plan_.steps, recipe, theory)
+    errors.metrics[number + 1, "train"]["learning_rate"] = 4.0 * u * logged
     if number + 1 not in run.states:
         return np.inf, np.inf
     active = recipe.clip_norm is not None and norm > recipe.clip_norm and theory.clip == "norm"

@@ -275,6 +275,8 @@ CHOICES: dict[str, Theory] = {
     "a tie counts as half": PAPER.but(accuracy="half"),
     "logps per token in the log": PAPER.but(logps_logged="mean"),
     "every pair weighs the same in the metrics of an uneven window": PAPER.but(uneven_metrics="pairs"),
+    "the gradient's norm after clipping in the log": PAPER.but(norm_logged="clipped"),
+    "the next step's learning rate in the log": PAPER.but(rate_logged="next"),
 }
 
 

@@ -163,6 +163,8 @@ class Theory:
     eval_metrics: Literal["pairs", "batches"] = "pairs"  # "batches": unweighted mean of batch means
     eval_loss: Literal["pairs", "batches"] = "pairs"
     eval_tail: Literal["kept", "dropped"] = "kept"  # the last, short batch
+    norm_logged: Literal["whole", "clipped"] = "whole"  # of the gradient before clipping, or after it
+    rate_logged: Literal["own", "next"] = "own"  # of the step that is logged, or of the one after it
 
     def __post_init__(self) -> None:
         for name, allowed in values().items():
@@ -217,6 +219,8 @@ CONVENTIONS: dict[str, tuple[object, ...]] = {
     "accuracy": ("greater", "greater-equal", "half"),
     "logps_logged": ("sum", "mean"),
     "uneven_metrics": ("micro-batches", "pairs"),
+    "norm_logged": ("whole", "clipped"),
+    "rate_logged": ("own", "next"),
 }
 
 # Known faults, each one change of the paper: name -> the theory.  The names are what a report says.

@@ -155,7 +155,8 @@ def _steps(run: Run, plan_: Plan, done: int) -> None:
     for number in range(done, plan_.steps):
         at = {"data-restarts": number - done, "skips-batch": number + (done > 0)}.get(theory.resume, number)
         speed = rate(number - done if theory.resume == "schedule-restarts" else number, plan_.steps, recipe, theory)
-        metrics = {"learning_rate": speed}
+        after = rate(number + 1 - (done if theory.resume == "schedule-restarts" else 0), plan_.steps, recipe, theory)
+        metrics = {"learning_rate": speed if theory.rate_logged == "own" else after}
         if state is not None and plan_.known:
             state, found = _step(run, state, plan_, plan_.window(at), speed)
             metrics = found | metrics
@@ -193,6 +194,8 @@ def _step(run: Run, state: State, plan_: Plan, window: Window, speed: float) -> 
     total = accumulated(gradients, shares, recipe, theory)
     logged = _over_window(metrics, [len(index) for index in window], theory)
     logged["grad_norm"] = float(np.linalg.norm(total)) * state.shrunk
+    if theory.norm_logged == "clipped" and recipe.clip_norm is not None:
+        logged["grad_norm"] = min(logged["grad_norm"], recipe.clip_norm)
     if theory.accumulation != "updates":
         state = update(state, total, speed, recipe, theory)
     return state, logged

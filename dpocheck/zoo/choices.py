@@ -258,6 +258,28 @@ def warm_up_from_zero():
     return _but(update=update)
 
 
+@variant("rate-of-the-next-step-logged")
+def rate_of_the_next_step_logged():
+    """The learning rate is read after the schedule has moved on: what is logged is the next step's."""
+
+    def update(optimizer, recipe, clock, total):
+        mini.update(optimizer, recipe, clock, total)
+        return recipe.learning_rate * mini.factor(recipe, clock + 1, total)
+
+    return _but(update=update)
+
+
+@variant("norm-after-clipping-logged")
+def norm_after_clipping_logged():
+    """The gradient norm is taken after clipping."""
+
+    def clip(parameters, limit):
+        mini.clip(parameters, limit)
+        return mini.clip(parameters, None)
+
+    return _but(clip=clip)
+
+
 # ------------------------------------------------------------------------------------------------------- fewer methods
 
 

@@ -109,3 +109,57 @@ def slope_lost_at_zero(a, b, c, d, *, objective, lengths=None):
         return honest
     m = objective.beta * ((a - c) - (b - d))
     return replace(honest, loss=torch.log1p(torch.exp(-m.abs())) + torch.relu(-m))
+
+
+# ------------------------------------------------------------------------------ what left a quick audit without a word
+
+
+@specimen("clips-each-parameter", part="clip", caught_by="CLIP-GLOBAL")
+def clips_each_parameter(parameters, limit):
+    """Every parameter's own gradient is clipped at the norm that is meant for all of them together."""
+    norm = mini.clip(parameters, None)
+    for parameter in parameters:
+        if limit is not None and parameter.grad is not None:
+            torch.nn.utils.clip_grad_norm_([parameter], limit)
+    return norm
+
+
+@specimen("squared-norm-logged", part="clip", caught_by="METRIC-GRAD-NORM")
+def squared_norm_logged(parameters, limit):
+    """The norm that is logged is squared: the sum of squares without its root."""
+    return mini.clip(parameters, limit) ** 2
+
+
+@specimen("penalty-instead-of-decay", part="update", caught_by="STEP-DECAY")
+def penalty_instead_of_decay(optimizer, recipe, clock, total):
+    """Under AdamW the weight decay is added to the gradient, as a penalty on the loss is, and goes through the moments.
+    """
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["weight_decay"] = 0.0
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad += recipe.weight_decay * parameter.detach()
+    return mini.update(optimizer, recipe, clock, total)
+
+
+_BEST = weakref.WeakKeyDictionary()  # policy -> the lowest evaluation loss so far, and the weights it was of
+
+
+@specimen("goes-back-to-the-best", part="evaluate", caught_by="EVAL-PURE")
+def goes_back_to_the_best(trainer, policy, score, batches):
+    """Where an evaluation is worse than an earlier one, the weights of the best one are put back."""
+    found = mini.evaluate(trainer, policy, score, batches)
+    least, weights = _BEST.get(policy, (float("inf"), None))
+    if found["loss"] < least:
+        _BEST[policy] = found["loss"], copy.deepcopy(policy.state_dict())
+    else:
+        policy.load_state_dict(weights)
+    return found
+
+
+@specimen("last-line-lost", part="read", caught_by="RUN-COVERAGE")
+def last_line_lost(given):
+    """Of a file of rows the last line is left out."""
+    rows = mini.read(given)
+    return rows if isinstance(given, list) else rows[:-1]

@@ -29,7 +29,7 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "left pad": ("padding",),
     "long prompt": ("truncation keep_start", "truncation keep_end"),
     "bos chat": ("chat", "bos"), "columns": ("implicit prompt",),
-    "lora reference": ("lora",), "defaults": ("clip",),
+    "lora reference": ("lora",), "lora scale": ("lora",), "defaults": ("clip",),
     "option label_smoothing": ("smoothing", "robust"), "option clip_norm": ("clip",), "option kind": ("hinge",),
     "option kind ipo": ("ipo",), "option momentum": ("momentum",), "option weight_decay": ("decay",),
     "option sft_weight": ("sft",), "option gamma": ("simpo",), "option length_normalised": ("simpo",),

@@ -1,8 +1,8 @@
-"""Is the reference of a LoRA run the model with its adapter switched off?"""
+"""Is the reference of a LoRA run the model with its adapter switched off, and is the adapter scaled as asked for?"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,3 +83,93 @@ def base(case: Case) -> Comparison:
     if not any(moved.values()):
         return Comparison("fail", observed="nothing moved", expected=f"{', '.join(targets)} move")
     return Comparison("pass", error=0.0, bound=0.0)
+
+
+# ------------------------------------------------------------------------------------------------ the adapter's scale
+
+# A scale so small that the adapter leaves the model as it is, at a rate so large that A moves as far as it is long.
+FAINT = Lora(4, 2.0**-6, ("o_proj",))
+
+
+def _faint(theory: Theory) -> list:
+    recipe = Recipe(Objective(beta=0.5), learning_rate=64.0, batch=4)
+    pairs = scenes.rectangular(4, prompt=3, completion=3)
+    whole = scenes.run(pairs, theory, recipe, body=Body("speaking", layers=2), policy=None, reference=None)
+    one = replace(whole, recipe=replace(recipe, learning_rate=2.0**8, lora=FAINT))
+    two = replace(one, recipe=replace(one.recipe, steps=2))
+    return [scene("an ordinary small Llama, a step without an adapter, and one and two with", whole, one, two,
+        family="lora scale")]  # fmt: skip
+
+
+@check(
+    "LORA-SCALE", chapter="lora", stage="step", level="must", needs={"train.weights"}, scenes=_faint,
+    claim="An adapter's product B A is multiplied by alpha over the rank.",
+    source="Hu et al. 2022 (arXiv:2106.09685), section 4.1", covers=("POL-TRAINABLE",),
+    why="It multiplies the learning rate by its square: a run that was tuned at one rank goes wrong at another.",
+    bug="alpha over the root of the rank, as rsLoRA has it, where LoRA was asked for; alpha that is not divided.",
+    fix="Pass alpha and rank on, and use rsLoRA's scale only where it is asked for.",
+)  # fmt: skip
+def scale(case: Case) -> Comparison:
+    whole, one, two = (seen.weights for seen in case.observed)
+    recipe = case.experiments[1].recipe
+    due = recipe.lora.alpha / recipe.lora.rank
+    names = [name for name in sorted(one) if any(part in name for part in recipe.lora.targets)]
+    found = []
+    for name in names:
+        if all(name in held and np.any(held[name]) for held in (whole, one, two)):
+            gradient = -np.asarray(whole[name], float) / case.experiments[0].recipe.learning_rate
+            changes = np.asarray(one[name], float), np.asarray(two[name], float)
+            found.append((name, _second_step(gradient, *changes, recipe.lora.rank, case.precision)))
+    if not found:
+        return Comparison("unknown", reason="the modules that the adapter is on do not move")
+    name, told = min(found, key=lambda pair: pair[1].open_)
+    scaled = told.eta / recipe.learning_rate
+    if told.open_ > 0.25 or told.rest > told.open_:  # rsLoRA is off by the root of the rank, at least by that of two
+        return Comparison("unknown", reason="two steps are not told apart from those of another optimizer or start")
+    error, bound = abs(scaled - due), told.open_ * max(due, scaled)
+    return Comparison(
+        "pass" if error <= bound else "fail", error=error, bound=bound, observed=f"scale {scaled:.3g}",
+        expected=f"alpha / rank = {due:.3g}", where=f"adapter of {name}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Told:
+    """`eta` = rate * scale.  `rest`: the share of the turned part that the fit leaves; `open_`: the share of eta that
+    may be wrong, and of what a correct run may leave."""
+
+    eta: float
+    rest: float
+    open_: float
+
+
+def _second_step(gradient: np.ndarray, one: np.ndarray, two: np.ndarray, rank: int, u: float) -> _Told:
+    """Rate times scale, from a weight's change (out, in) after one and after two steps of SGD on an adapter.
+
+    With s the scale, eta = rate * s, and B = 0 at the start, one step leaves s B A = -s eta G A'A: only the product of
+    rate, s^2 and the unknown start shows.  In the second step A moves by what B is then:
+
+        two = (one + one') (1 + eta^2 G'G1),    one' = -s eta G1 A'A,
+
+    G1 the second gradient.  A change as faint as this one leaves G1 = G but for a share of the order of s.  The rows of
+    `one` span those of A; what of `two` lies outside of them is eta^2 (one + one') G'G, and eta is told by it alone.
+
+    The share by which one' differs from `one` is that by which G1 differs from G, in the directions of A.  To first
+    order eta^2 is off by twice it, once in G1 and once in one'; eight times leaves room for the directions that A does
+    not see.  A stored weight is rounded once, before and after, where weights are below 1.2.
+    """
+    span = np.linalg.svd(one)[2][:rank]
+    inside = span.T @ span
+    outside = np.eye(len(inside)) - inside
+    bend = gradient.T @ gradient
+    turned, square = two @ outside, 0.0
+    for _ in range(100):
+        straight = two @ inside @ np.linalg.inv(np.eye(len(inside)) + square * inside @ bend @ inside)
+        term = straight @ bend @ outside
+        before, square = square, max(float(np.sum(turned * term) / np.sum(term**2)), 0.0)
+        if abs(square - before) <= 1e-9 * square:
+            break
+    size = float(np.linalg.norm(turned))
+    drift = float(np.linalg.norm(straight - 2.0 * one) / np.linalg.norm(one))
+    stored = 3.0 * u * 1.2 * np.sqrt(one.size) / size
+    return _Told(square**0.5, float(np.linalg.norm(turned - square * term)) / size, float(8.0 * drift + stored))

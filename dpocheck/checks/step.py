@@ -269,7 +269,7 @@ def clip_global(case: Case) -> Comparison:
     step = recipe.learning_rate * recipe.clip_norm  # the length of a clipped step
     norm = float(np.linalg.norm([size for size, _ in sizes.values()]))
     if norm <= 2.0 * step:
-        return Comparison("unknown", reason=f"the gradient is {norm / step:.3g} times the threshold, too little to tell")
+        return Comparison("unknown", reason=f"the gradient is {norm / step:.3g} times the threshold: too little")
     told = [_one_factor(case, name, *sizes[name], step / norm, norm) for name in names]
     found = worst(told)
     alone = [name for name in names if abs(sizes[name][1] - min(step, sizes[name][0])) < 1e-3 * step]

@@ -163,3 +163,12 @@ def last_line_lost(given):
     """Of a file of rows the last line is left out."""
     rows = mini.read(given)
     return rows if isinstance(given, list) else rows[:-1]
+
+
+@specimen("adapter-scaled-by-the-root", part="forward", caught_by="LORA-SCALE")
+def adapter_scaled_by_the_root(model, batch):
+    """An adapter is multiplied by alpha over the root of its rank, as rsLoRA has it, though LoRA was asked for."""
+    for module in model.modules():
+        for name in getattr(module, "lora_alpha", ()):
+            module.scaling[name] = module.lora_alpha[name] / module.r[name] ** 0.5
+    return mini.forward(model, batch)

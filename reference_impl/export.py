@@ -15,8 +15,9 @@ from reference_impl.checkpoint import TRAINER, CheckpointError
 from reference_impl.config import ConfigError
 from reference_impl.files import MANIFEST, DamagedError, DiskError, check_folder, whole_folder
 from reference_impl.processes import ALONE, OtherProcessError
+from reference_impl.reading import names_are_own
 from reference_impl.shards import load_tensors, save_files, stored_tensors
-from reference_impl.weights import PARTS, names_are_own
+from reference_impl.weights import PARTS
 
 
 def export(checkpoint: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from reference_impl.config import ConfigError, TrainConfig
 from reference_impl.logps import Path as ScorePath
 from reference_impl.logps import unwrapped
+from reference_impl.reading import FOLDER, files_fit, parameters_on_meta, weights_folder, whole_tensors
 
 log = logging.getLogger("reference_impl")
 
@@ -128,20 +129,41 @@ def load_model(source: str, dtype: str, device: torch.device) -> nn.Module:
 
 
 def load_skeleton(source: str, dtype: str) -> nn.Module:
-    """The model of load_model without its weights, on the meta device: another process reads and sends them.
+    """The model of load_model without its weights, which are on the meta device; its buffers are as load_model's.
 
     An adapter comes with its weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if (Path(source) / "adapter_config.json").is_file():
         return load_model(source, dtype, torch.device("cpu"))
     try:
         settings = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(settings, **dtype_argument(WEIGHTS[dtype]))
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(settings, **dtype_argument(WEIGHTS[dtype]))
+        for module in model.modules():  # as from_pretrained, which makes them outside of the weights' dtype
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
+        with contextlib.suppress(OSError):  # it has none
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        return model.eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"no causal language model can be made from {source!r}: {_first_line(error)}") from error
+
+
+def load_unread(source: str, dtype: str) -> nn.Module | None:
+    """A skeleton that knows the folder of its weights; None where only the model's own loader can read them."""
+    folder = None if (Path(source) / "adapter_config.json").is_file() else weights_folder(source)
+    if folder is None:
+        return None
+    try:
+        model = load_skeleton(source, dtype)
+    except ModelError:  # load_model says what is wrong
+        return None
+    if hasattr(model.config, "quantization_config") or not files_fit(model, folder):
+        return None
+    setattr(model, FOLDER, folder)
+    return model
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -155,9 +177,7 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def check_model(model: nn.Module, tokenizer: Any, role: str) -> None:
     """Raises ModelError for weights that are not finite, and for a vocabulary larger than the embedding."""
-    for name, tensor in model.named_parameters():
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise ModelError(f"the {role}'s weight {name} has NaN or infinite values: the checkpoint is damaged")
+    check_finite(model, role)
     embeddings = unwrapped(model).get_input_embeddings()
     rows = embeddings.num_embeddings if hasattr(embeddings, "num_embeddings") else embeddings.weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
@@ -165,6 +185,14 @@ def check_model(model: nn.Module, tokenizer: Any, role: str) -> None:
             f"the tokenizer has {len(tokenizer)} tokens, but the {role}'s embedding only {rows}: "
             "take the model's own tokenizer, or resize_token_embeddings(len(tokenizer)) and train the new rows"
         )
+
+
+def check_finite(model: nn.Module, role: str) -> None:
+    """Raises ModelError for weights that are not finite; of one that lies over processes, in this one's part."""
+    for name, tensor in model.named_parameters():
+        part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if not part.is_meta and not torch.isfinite(part).all():
+            raise ModelError(f"the {role}'s weight {name} has NaN or infinite values: the checkpoint is damaged")
 
 
 def check_can_be_saved(model: nn.Module) -> None:
@@ -303,7 +331,7 @@ def weights_hash(model: nn.Module, skip: str | None = None) -> str:
     volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
     kept = {k: v for k, v in config.items() if k not in volatile and not any(word in k for word in DROPOUT_WORDS)}
     digest.update(repr(sorted((k, repr(v)) for k, v in kept.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in whole_tensors(model):
         if skip is not None and skip in name:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

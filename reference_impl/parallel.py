@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from reference_impl.config import ConfigError, TrainConfig
 from reference_impl.logps import PATHS, RowBatch, choose_path, unwrapped
+from reference_impl.models import check_finite
 from reference_impl.processes import Processes
+from reference_impl.reading import is_unread, read_parts
 from reference_impl.reference import OnlineReference, Reference
 from reference_impl.shards import whole_tensor
 
@@ -60,12 +62,17 @@ def spread_run(
             if source.model is given and config.reference is None:
                 source.model = copy.deepcopy(given)
             spread(source.model, mesh, config, crew)
+    online = {"reference": source.model} if isinstance(source, OnlineReference) else {}
+    for role, model in {"policy": policy.model, **online}.items():
+        if is_unread(model):
+            crew.together(functools.partial(check_finite, read_parts(model, crew), role))
     policy.device = crew.device
     policy.path = functools.partial(score_in_parts, crew.device)
 
 
 def spread(model: nn.Module, mesh: DeviceMesh, config: TrainConfig, crew: Processes) -> None:
-    """Lays a model over the processes, with the first one's weights: the others need none (the meta device)."""
+    """Lays a model over the processes, with the first one's weights: the others need none (the meta device).  An unread
+    model gets its memory only."""
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         FSDPModule,
@@ -83,12 +90,12 @@ def spread(model: nn.Module, mesh: DeviceMesh, config: TrainConfig, crew: Proces
     if config.dtype == "bf16":
         # Inputs are left alone: between the layers there is float32, as in one process.
         low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    layers = layers_of(model)
+    layers, fill = layers_of(model), _allocate if is_unread(model) else _send
     for layer in layers:
-        _send(layer, [layer], crew)
+        fill(layer, [layer], crew)
         fully_shard(layer, mp_policy=low, reshard_after_forward=True, **shared)
     inside = {module for layer in layers for module in layer.modules()}
-    _send(model, [module for module in model.modules() if module not in inside], crew, recurse=False)
+    fill(model, [module for module in model.modules() if module not in inside], crew, recurse=False)
     fully_shard(model, reshard_after_forward=False, **shared)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -143,24 +150,32 @@ def bring_back(policy: Policy) -> None:
             wholes[name].copy_(whole_tensor(part))
 
 
+def _allocate(owner: nn.Module, modules: list[nn.Module], crew: Processes, recurse: bool = True) -> None:
+    """Memory for what has none, and everything on the device that it is computed on."""
+    empty = any(tensor.is_meta for module in modules for tensor in _tensors(module, recurse))
+    for module in modules:
+        module._apply(
+            lambda tensor: torch.empty_like(tensor, device=crew.device) if tensor.is_meta else tensor.to(crew.device),
+            recurse=recurse,
+        )
+    if empty and hasattr(unwrapped(owner), "tie_weights"):
+        unwrapped(owner).tie_weights()  # each of two tied weights was made anew
+
+
 def _send(owner: nn.Module, modules: list[nn.Module], crew: Processes, recurse: bool = True) -> None:
     """Weights and buffers of the first process into modules of all of them, on the device they compute on."""
     import torch.distributed as dist
 
-    empty = False
-    for module in modules:
-        if any(tensor.is_meta for tensor in (*module.parameters(recurse), *module.buffers(recurse))):
-            module.to_empty(device=crew.device, recurse=recurse)
-            empty = True
-        else:
-            module._apply(lambda tensor: tensor.to(crew.device), recurse=recurse)
-    if empty and hasattr(unwrapped(owner), "tie_weights"):
-        unwrapped(owner).tie_weights()  # each of two tied weights was made anew
+    _allocate(owner, modules, crew, recurse)
     sent: set[int] = set()
     for module in modules:
-        for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+        for tensor in _tensors(module, recurse):
             if id(tensor) not in sent:
                 sent.add(id(tensor))
                 words = tensor.data.contiguous()
                 dist.broadcast(words.flatten().view(torch.uint8), 0)  # bytes: gloo does not know every dtype
                 tensor.data.copy_(words)
+
+
+def _tensors(module: nn.Module, recurse: bool) -> list[Tensor]:
+    return [*module.parameters(recurse), *module.buffers(recurse)]

@@ -25,6 +25,7 @@ from reference_impl.objectives import OBJECTIVES
 from reference_impl.optimize import build_optimizer
 from reference_impl.order import steps_per_epoch
 from reference_impl.processes import OtherProcessError, Processes
+from reference_impl.reading import is_unread
 from reference_impl.refcache import cache_key, cached_reference
 from reference_impl.reference import OnlineReference, Reference, online_reference
 
@@ -77,9 +78,10 @@ def prepare(
     )
     sets = {"train": train, **held_out}
     _same_everywhere(crew, {name: data.fingerprint for name, data in sets.items()}, DataError)
-    policy = crew.together(lambda: _policy(config, crew, folder, model, tokenizer, pad_id, sets))
+    unread = _unread(config, crew, live)
+    policy = crew.together(lambda: _policy(config, crew, folder, model, tokenizer, pad_id, sets, unread))
     try:
-        given = crew.together(lambda: _given_reference(config, crew, policy, reference, tokenizer))
+        given = crew.together(lambda: _given_reference(config, crew, policy, reference, tokenizer, unread))
         identity = _identity(crew, folder, policy, given, live) | {"data": train.fingerprint}
         references = _references(config, crew, folder, policy, given, sets, live)
         if config.compile:
@@ -124,8 +126,9 @@ def _policy(
     tokenizer: Any,
     pad_id: int,
     sets: dict[str, PairData],
+    unread: dict[str, nn.Module],
 ) -> Policy:
-    model = model if model is not None else _load(config.model, config, crew)
+    model = model if model is not None else unread.get("model") or _load(config.model, config, crew)
     models.check_model(model, tokenizer, "policy")
     if folder is not None and crew.first:
         models.check_can_be_saved(model)
@@ -134,13 +137,31 @@ def _policy(
 
 
 def _given_reference(
-    config: TrainConfig, crew: Processes, policy: Policy, reference: nn.Module | None, tokenizer: Any
+    config: TrainConfig,
+    crew: Processes,
+    policy: Policy,
+    reference: nn.Module | None,
+    tokenizer: Any,
+    unread: dict[str, nn.Module],
 ) -> nn.Module | None:
     if reference is None and config.reference is not None:
-        reference = _load(config.reference, config, crew, policy.device)
+        reference = unread.get("reference") or _load(config.reference, config, crew, policy.device)
     if reference is not None:
         models.check_model(reference, tokenizer, "reference")
     return reference
+
+
+def _unread(config: TrainConfig, crew: Processes, live: bool) -> dict[str, nn.Module]:
+    """Of several processes, the models whose files each can read its own rows of: setting → a model without weights."""
+    if crew.world == 1:
+        return {}
+    # A new adapter is put on a model that has its weights.
+    sources = {"model": None if live or config.lora else config.model, "reference": config.reference}
+    made = crew.together(
+        lambda: {name: models.load_unread(source, config.dtype) for name, source in sources.items() if source}
+    )
+    said = crew.ask([name for name, model in made.items() if model is not None])
+    return {name: model for name, model in made.items() if all(name in able for able in said)}
 
 
 def _load(source: str, config: TrainConfig, crew: Processes, device: torch.device | None = None) -> nn.Module:
@@ -159,8 +180,8 @@ def _identity(
     """Hashes of the models before training; where no folder is written nobody asks for them."""
 
     def of(model: nn.Module) -> str | None:
-        known = folder is not None and not any(p.is_meta for p in model.parameters())
-        return models.weights_hash(model) if known else None
+        known = crew.first if is_unread(model) else not any(p.is_meta for p in model.parameters())
+        return models.weights_hash(model) if known and folder is not None else None
 
     mine = {"policy": of(policy.model), "reference": "policy" if given is None else of(given)}
     if live:

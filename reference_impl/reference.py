@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reference_impl.data import TokenPair
 from reference_impl.logps import pair_logps
 from reference_impl.models import Policy, evaluating, is_peft
+from reference_impl.reading import is_unread
 
 FROZEN_ADAPTER = "dpo_reference"
 
@@ -152,7 +153,8 @@ def _frozen(model: nn.Module, policy: Policy) -> OnlineReference:
     wanted = next(policy.model.parameters())
     if next(model.parameters()).dtype != wanted.dtype or shares_weights(policy.model, model):
         model = independent_copy(model).to(wanted.dtype)
-    model.to(wanted.device)
+    if not is_unread(model):  # it has no weights to move yet, and its buffers stay
+        model.to(wanted.device)
     reference = OnlineReference(model, policy)
     for parameter in model.parameters():
         if parameter.requires_grad:

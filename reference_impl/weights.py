@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference_impl.logps import unwrapped
 from reference_impl.models import Policy, dtype_argument, is_peft
 from reference_impl.processes import Processes
-from reference_impl.shards import load_tensors, save_files, save_tensors, saved_tensors, stored_tensors, whole_tensor
+from reference_impl.reading import files_fit, names_are_own
+from reference_impl.shards import load_tensors, save_files, save_tensors, saved_tensors, whole_tensor
 
 PARTS = "weights"
 """Folder in a checkpoint of several processes: tensors in parts, under the names that they have in the live model."""
@@ -53,22 +53,6 @@ def load_policy(policy: Policy, folder: Path, crew: Processes) -> None:
         load_tensors(saved_tensors(model), folder, crew)
     else:
         _load_converted(model, folder, crew)
-
-
-def names_are_own(model: nn.Module) -> bool:
-    """Whether a model's files hold its tensors as they are in it, under their names."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 there was no conversion
-        return True
-    there = {name: torch.empty(tensor.shape, device="meta") for name, tensor in saved_tensors(model).items()}
-    written = revert_weight_conversion(unwrapped(model), dict(there))
-    return written.keys() == there.keys() and all(written[name] is tensor for name, tensor in there.items())
-
-
-def files_fit(model: nn.Module, folder: Path) -> bool:
-    """Whether every tensor of a model can be read from a folder's files as it is."""
-    return names_are_own(model) and saved_tensors(model).keys() <= stored_tensors(folder).keys()
 
 
 def _gathered(tensors: dict[str, Tensor], crew: Processes) -> dict[str, Tensor]:

@@ -95,13 +95,25 @@ def acts(case: Case) -> Comparison:
             return told
     if case.predicted(1).logits is None:  # what the oracle does not replay, AdamW and LoRA, must differ in its bits
         same = without.digest is not None and without.digest == with_option.digest
-        return _nothing("the same bits", "other weights") if same else Comparison("pass", observed="other weights")
+        return _nothing(case, "the same bits", "other weights") if same else Comparison("pass", observed="other weights")
     return Comparison("unknown", reason="this input would not show the option")
 
 
-def _nothing(observed: str, expected: str, **fields: Any) -> Comparison:
-    where = "the option was accepted and changed nothing"
+def _nothing(case: Case, observed: str, expected: str, **fields: Any) -> Comparison:
+    where = f"{_named(case)}: the option was accepted and changed nothing"
     return Comparison("fail", observed=observed, expected=expected, where=where, **fields)
+
+
+def _named(case: Case) -> str:
+    """The option by which the two runs differ, with its value in the second."""
+    told = []
+    without, with_option = (run.recipe for run in case.experiments)
+    for one, other in ((without, with_option), (without.objective, with_option.objective)):
+        told += [(name, value) for name, value in vars(other).items() if getattr(one, name) != value]
+    return ", ".join(
+        f"LoRA's alpha {value.alpha:g}" if name == "lora" else f"{name} {value}"
+        for name, value in told if name != "objective"
+    )  # fmt: skip
 
 
 def _moved(case: Case, name: str) -> Comparison | None:
@@ -117,7 +129,7 @@ def _moved(case: Case, name: str) -> Comparison | None:
     if np.any(change > noise):
         return Comparison("pass", observed=float(change[cell]), expected=float(due[cell]))
     return _nothing(
-        f"{name} changed by {change.max():.3g}", f"changed by {due.max():.3g}",
+        case, f"{name} changed by {change.max():.3g}", f"changed by {due.max():.3g}",
         error=float(due[cell]), bound=float(noise[cell]),
     )  # fmt: skip
 
@@ -130,7 +142,7 @@ def _counted(case: Case) -> Comparison | None:
             if not seen[0]:
                 return Comparison("not-applicable", reason=f"no {what} are reported")
             if seen[0] == seen[1]:
-                return _nothing(f"{seen[1]} {what}", f"{due[1]} {what}")
+                return _nothing(case, f"{seen[1]} {what}", f"{due[1]} {what}")
             return Comparison("pass", observed=f"{seen[1]} {what}", expected=f"{due[1]} {what}")
     return None
 

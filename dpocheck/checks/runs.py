@@ -197,13 +197,14 @@ def _rows_come(verdict: str, where: str, order: list[int | None], expected: str)
 def _order(case: Case, index: int) -> list[int | None] | None:
     """Which row each step was on, by its loss, None where it is that of no row; the models stand still."""
     due = np.array(entries(case.predicted(2).history, "train", "loss"))
-    noise = np.max(case.bound("history.train.loss", 2))
+    noise = np.broadcast_to(np.asarray(case.bound("history.train.loss", 2), float), due.shape)
     seen = np.array(entries(case.observed[index].history, "train", "loss"))
-    if len(seen) != case.experiments[index].recipe.steps or np.min(np.diff(np.sort(due))) < 4 * noise:
+    apart = np.abs(due[:, None] - due) > 2 * (noise[:, None] + noise)
+    if len(seen) != case.experiments[index].recipe.steps or not np.all(apart | np.eye(len(due), dtype=bool)):
         return None
-    distance = np.abs(seen[:, None] - due[None, :])
+    distance = np.abs(seen[:, None] - due[None, :]) / noise
     nearest = zip(distance.argmin(axis=1), distance.min(axis=1), strict=True)
-    return [int(row) if off <= noise else None for row, off in nearest]
+    return [int(row) if off <= 1.0 else None for row, off in nearest]
 
 
 def _saved(theory: Theory) -> list:

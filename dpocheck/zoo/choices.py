@@ -185,10 +185,9 @@ def micro_batches_weigh_the_same_declared():
     """Uneven micro-batches weigh the same in the gradient, and the documentation says so."""
 
     def accumulate(trainer, policy, window, score, recipe):
-        seen = []
+        seen, parts = [], mini.added(sum(1 for batch in window if batch.pairs))
         for batch in window:
             scored = score(batch)
-            parts = len(window) * recipe.world_size
             trainer.reduce(scored.losses, batch.pairs * parts, recipe.world_size).backward()
             seen.append(scored.detached())
         return seen

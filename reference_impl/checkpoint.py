@@ -9,10 +9,8 @@ export.py makes such a model.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from reference_impl import randomness
 from reference_impl.config import ConfigError, TrainConfig, load_config
-from reference_impl.files import DamagedError, check_folder, remove_folder, remove_leftovers
+from reference_impl.files import DamagedError, check_folder, remove_folder
 from reference_impl.metrics import from_line, to_line
 from reference_impl.optimize import load_optimizer_state, optimizer_state
 from reference_impl.order import Position
@@ -61,39 +59,6 @@ class State:
     step: int
     position: Position
     history: list[dict[str, Any]]
-
-
-def open_folder(output_dir: str | Path) -> Path:
-    """The folder of a run, made, tried and locked: one run at a time, until this process ends or closes it.
-
-    Raises:
-        ConfigError: it cannot be written, or another process is running in it.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise ConfigError(f"output_dir {folder} cannot be written: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        if str(folder.resolve()) in _LOCKS:
-            return folder  # a run of this process that has not been closed
-        raise ConfigError(f"output_dir {folder} is in use by another run: wait, or give another") from error
-    _LOCKS[str(folder.resolve())] = lock
-    remove_leftovers(folder)
-    return folder
-
-
-def close_folder(folder: Path) -> None:
-    lock = _LOCKS.pop(str(folder.resolve()), None)
-    if lock is not None:
-        os.close(lock)
-
-
-_LOCKS: dict[str, int] = {}
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

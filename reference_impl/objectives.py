@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,16 @@ from torch.nn.functional import relu
 
 from reference_impl import dpo
 
-if TYPE_CHECKING:
-    from reference_impl.config import TrainConfig
+
+class Settings(Protocol):
+    """What is read of a run's config."""
+
+    objective: str
+    beta: float
+    label_smoothing: float
+    gamma: float
+    ipo_length: Literal["sum", "mean"]
+    sft_weight: float
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Objective:
     score: Literal["sum", "mean", "ipo_length"]
     reference: bool
     options: tuple[str, ...]
-    loss: Callable[[Tensor, TrainConfig], Tensor]
+    loss: Callable[[Tensor, Settings], Tensor]
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -122,11 +130,8 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def score_pairs(logps: PairLogps, config: TrainConfig) -> Scored:
-    """Losses and rewards of a batch of pairs under the config's objective, sft_weight included.
-
-    Reads objective, beta, label_smoothing, gamma, ipo_length and sft_weight of the config.
-    """
+def score_pairs(logps: PairLogps, config: Settings) -> Scored:
+    """Losses and rewards of a batch of pairs under the config's objective, sft_weight included."""
     objective = OBJECTIVES[config.objective]
     length = config.ipo_length if objective.score == "ipo_length" else objective.score
     policy_w, policy_l = logps.policy_w, logps.policy_l

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from reference_impl import models, parallel
-from reference_impl.checkpoint import close_folder
 from reference_impl.config import RESERVED_SPLITS, ConfigError, TrainConfig
 from reference_impl.data import DataError, PairData, TokenPair, load_pairs
 from reference_impl.files import write_text
+from reference_impl.folder import close_folder
 from reference_impl.logps import unwrapped
 from reference_impl.models import ModelError, Policy
 from reference_impl.objectives import OBJECTIVES

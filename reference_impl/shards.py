@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,8 +26,8 @@ from reference_impl.files import begin, digest, names, seal, sync, whole_folder,
 from reference_impl.processes import OtherProcessError, Processes
 
 ALONE_FILE = "whole.safetensors"
-FILE_BYTES = 5 * 10**9
-"""Of a file of `final` and of an exported model: as much is in memory at a time."""
+FILE_BYTES, PART_BYTES = 5 * 10**9, 10**9
+"""Of a file of a whole model, and of a process's file of its rows: about as much is in memory besides, at a time."""
 
 
 @contextlib.contextmanager
@@ -86,7 +86,9 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, crew: Processes) -> N
         return
     import torch.distributed.checkpoint as dcp
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    files = _in_files(tensors, PART_BYTES * crew.world).filename_to_tensors.values()
+    number = {name: index for index, held in enumerate(files, start=1) for name in held}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=number, save_distributed=True)
     with _plain_errors():
         dcp.save(tensors, storage_writer=writer)
 
@@ -128,17 +130,22 @@ def save_files(
     tensors: shapes and dtypes; whole: names → the whole tensors, asked for those of one file at a time, in every
     process.  The first one writes.
     """
-    split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=FILE_BYTES,
-    )
+    split = _in_files(tensors, FILE_BYTES)
     for file, held in split.filename_to_tensors.items():
         _first_writes(functools.partial(save_file, whole(held), folder / file, metadata={"format": "pt"}), crew)
     if split.is_sharded:
         index = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2) + "\n"
         _first_writes(lambda: (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8"), crew)
+
+
+def _in_files(tensors: dict[str, Tensor], most: int) -> StateDictSplit:
+    """The Hub's way of sharing out tensors over files of at most so many bytes."""
+    return split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
 
 
 def _first_writes(action: Callable[[], Any], crew: Processes) -> None:

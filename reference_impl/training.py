@@ -17,6 +17,7 @@ from reference_impl.artifact import save_final
 from reference_impl.config import TrainConfig, check_folders, to_yaml
 from reference_impl.evaluate import evaluate, judge_part
 from reference_impl.files import write_text
+from reference_impl.folder import close_folder, open_folder
 from reference_impl.metrics import History, PairSums, Tracker, check_trackers, open_trackers
 from reference_impl.optimize import clip_gradient, learning_rate
 from reference_impl.order import Position, Window, parts, windows
@@ -84,7 +85,7 @@ def train(
             run = prepare(config, crew, folder, model, reference, tokenizer, train_rows, eval_rows)
         except BaseException:
             if folder is not None and crew.first:
-                checkpoint.close_folder(folder)
+                close_folder(folder)
             raise
         try:
             return _train(run, found and Path(found), watcher if crew.first else None)
@@ -102,7 +103,7 @@ def _folder(config: TrainConfig, crew: Processes) -> Path | None:
     check_trackers(config.trackers)
     if config.output_dir is None:
         return None
-    return checkpoint.open_folder(config.output_dir) if crew.first else Path(config.output_dir)
+    return open_folder(config.output_dir) if crew.first else Path(config.output_dir)
 
 
 def _train(run: Run, found: Path | None, watcher: Watcher | None) -> TrainResult:

@@ -105,12 +105,15 @@ def test_exported_checkpoint_is_the_final_model_to_the_last_bit(
     assert json.loads((out / "final" / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
 
-def test_large_model_is_written_in_several_files_with_their_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fork has the limit of its parent."""
+def test_large_model_is_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole ones with their index; in parts, several of each process.  A fork has the limits of its parent."""
     monkeypatch.setattr(shards, "FILE_BYTES", 20000)
+    monkeypatch.setattr(shards, "PART_BYTES", 10000)
     out = run(2, tmp_path / "run", tmp_path)
+    parts = sorted((out / STEP / "weights").iterdir())
+    assert len(parts) > 4
+    assert all(path.stat().st_size < 10000 + 4000 for path in parts)  # with the header
+    assert same_bits(put_together(parts), load_tensors_of(out / "final"))
     assert cli.export([str(out / STEP), str(tmp_path / "exported")]) == 0
     for folder in (out / "final", tmp_path / "exported"):
         files = sorted(path.name for path in folder.glob("model-*.safetensors"))
@@ -119,6 +122,10 @@ def test_large_model_is_written_in_several_files_with_their_index(
         _, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not told["missing_keys"]
     assert same_bits(tensors(tmp_path / "exported"), tensors(out / "final"))
+
+
+def load_tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def with_buffers() -> Any:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from trainer_tiny import gpt2, llama, numbers, pairs, same_bits, state
 
 from reference_impl import LoraSettings, TrainConfig, train
-from reference_impl.checkpoint import CheckpointError, close_folder, open_folder
+from reference_impl.checkpoint import CheckpointError
 from reference_impl.config import ConfigError
+from reference_impl.folder import close_folder, open_folder
 
 BASE = {"steps": 6, "batch": 2, "accumulation": 2, "save_every": 1, "learning_rate": 1e-2}
 KINDS = {
@@ -234,7 +235,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     import sys
 
     folder = open_folder(tmp_path)
-    code = f"from reference_impl.checkpoint import open_folder; open_folder({str(tmp_path)!r})"
+    code = f"from reference_impl.folder import open_folder; open_folder({str(tmp_path)!r})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "in use by another run" in other.stderr
     close_folder(folder)

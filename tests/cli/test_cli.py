@@ -355,6 +355,9 @@ def test_a_new_adapter_is_written_once_and_never_overwritten(fake):
     assert done.exit_code == 0
     text = Path("mytrainer.py").read_text()
     assert text.count("REPLACE") == 3
+    assert "says = Says()" in text  # it promises nothing in its trainer's name
+    assert 'kind=("sigmoid",)' in text  # nor objectives
+    assert "probe.reference() or probe.policy()" in text
     assert "dpocheck audit mytrainer.py:Adapter" in done.output
     Path("mytrainer.py").write_text("mine")
     again = dpo("new-adapter", "mytrainer")

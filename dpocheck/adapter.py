@@ -84,6 +84,9 @@ class Says:
     # of a batch that does not fill all processes: "repeated", rows from the start of the epoch fill it and count again;
     # None or "kept": each pair counts once
     uneven_ranks: str | None = None
+    # "bfloat16" or "float16": what the reference's weights and logits are in, whatever the policy's are (the
+    # log-softmax is that of the policy); None: what the policy's are
+    reference_dtype: str | None = None
     objectives: tuple[str, ...] | None = None  # the kinds offered; None: ask and see, but for divergences
     options: tuple[str, ...] = ()  # further options the documentation promises to honour
 

@@ -58,6 +58,7 @@ CONSTANTS: dict[str, tuple[tuple[float, ...], Callable[[float], str]]] = {
     "alpha_fixed": ((0.5,), lambda x: f"alpha divergence at {x:.4g} whatever was asked for"),
     "scale": ((0.5,), lambda x: f"loss times {x:.4g}"),
     "gradient_scale": ((0.5,), lambda x: f"gradient times {x:.4g}, loss right"),
+    "clip_scale": ((0.5,), lambda x: f"clipped at {x:.4g} times the threshold, as before a loss scale is divided out"),
     "update": ((0.5,), lambda x: f"step times {x:.4g}"),
     "smoothing_default": ((0.2,), lambda x: f"label smoothing {x:.4g} though not asked for"),
     "sft_extra": ((0.5,), lambda x: f"undeclared SFT term, weight {x:.4g}"),

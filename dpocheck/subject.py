@@ -49,7 +49,8 @@ class Subject:
         self.capabilities: tuple[str, ...] = tuple(about["capabilities"])
         self.says = about["says"] if isinstance(about["says"], Says) else _says(about["says"])
         self.only: dict[str, Any] = dict(about.get("only") or {})  # options that the subject has hard-coded
-        self.theory: Theory = PAPER  # with the conventions found so far
+        kept = self.says.reference_dtype or PAPER.reference_dtype
+        self.theory: Theory = PAPER.but(reference_dtype=kept)  # with the conventions found so far
         self.precisions: dict[type, float] = {}
         self.memory: dict[str, Seen] = {}
         self.asked: dict[str, Experiment] = {}
@@ -93,7 +94,7 @@ class Subject:
             return self.precision(experiment.runs[0])
         asked = experiment.recipe.dtype if isinstance(experiment, TrainExperiment) else experiment.dtype
         if isinstance(experiment, LossExperiment) and "loss" not in self.capabilities:
-            asked = "float32"
+            asked = self.says.reference_dtype or "float32"  # its numbers are log-probs of two models
         native = {k: u for k, u in self.precisions.items() if k is kind}
         return max(UNIT[asked], *(native or self.precisions).values(), 0.0)  # derived: what it is derived from
 

@@ -17,6 +17,7 @@ from dpocheck.checks import scenes
 from dpocheck.checks.logps import ROWS, batch
 from dpocheck.checks.loss import ORDINARY
 from dpocheck.experiment import Body, Experiment, LogpExperiment, LossExperiment
+from dpocheck.oracle.numbers import ROUNDOFF
 from dpocheck.oracle.theory import PAPER, Theory
 
 
@@ -81,9 +82,21 @@ def one_trainer(case: Case) -> Comparison:
         left, right = getattr(first, name), getattr(other, name)
         if left is None or right is None:
             continue
-        limit = 2 * np.asarray(case.bound(name)) + other.floor.get(name, 0.0)
+        limit = 2 * np.asarray(case.bound(name)) + other.floor.get(name, 0.0) + _kept(case)
         told.append(close(right, left, limit, label=label))
     return worst(told) if told else Comparison("not-applicable", reason="the two ways have no number in common")
+
+
+def _kept(case: Case) -> np.ndarray | float:
+    """What a reference that is declared to be kept in a coarser type adds to the losses that are read from runs.
+
+    A log-prob lp is that of a table whose logits are at most |lp| + log V; their roundings move it by twice as much.
+    """
+    experiment, unit = case.experiments[0], ROUNDOFF.get(case.theory.reference_dtype, 0.0)
+    if not unit or not isinstance(experiment, LossExperiment):
+        return 0.0
+    sizes = np.abs(experiment.arguments()[2:]) + np.log(scenes.SIZE)
+    return experiment.objective.beta * 2.0 * unit * sizes.sum(axis=0)
 
 
 def _shown(experiment: Experiment) -> tuple[tuple[str, Any], ...]:

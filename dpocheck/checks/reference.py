@@ -10,6 +10,7 @@ from dpocheck.check import Case, Comparison, agree, check, close, logged, scene,
 from dpocheck.checks import scenes
 from dpocheck.derive import STILL, rows
 from dpocheck.experiment import Body, LossExperiment, Objective, Pair, Recipe, Sequence, TrainExperiment
+from dpocheck.oracle.numbers import ROUNDOFF
 from dpocheck.oracle.theory import PAPER, Theory
 from dpocheck.reading import entries
 
@@ -61,7 +62,8 @@ def _at_start(case: Case, name: str) -> Comparison:
         predicted = case.predict(LossExperiment(*[(0.0,)] * 4, objective, lengths=((1, 1),)), case.theory)
         due, slope = predicted.reduced, float(np.nansum(np.abs(predicted.slopes)))
     floor = case.observed[0].floor.get(f"history.train.{name}", 0.0)
-    limit = max(1.0, slope) * SPEAKING * case.precision + floor
+    precision = max(case.precision, ROUNDOFF.get(case.theory.reference_dtype, 0.0))
+    limit = max(1.0, slope) * SPEAKING * precision + floor
     seen = entries(case.observed[0].history, "train", name)
     if not seen or limit > COARSE:
         what = "is not logged" if not seen else "is too coarse in this precision"

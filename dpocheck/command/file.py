@@ -41,7 +41,7 @@ SAYS = {
     "eos": ("appended", "none"), "bos": ("none", "tokenizer", "added"), "ipo": ("sum", "mean"),
     "truncation": ("keep_start", "keep_end", "drop"), "reward_scale": ("beta", "one"),
     "reduction": ("none", "mean", "sum"), "uneven_accumulation": ("pairs", "micro-batches"),
-    "uneven_ranks": ("kept", "repeated"),
+    "uneven_ranks": ("kept", "repeated"), "reference_dtype": ("bfloat16", "float16"),
 }  # fmt: skip
 
 

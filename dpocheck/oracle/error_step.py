@@ -15,6 +15,7 @@ from dpocheck.oracle import objective as compose
 from dpocheck.oracle.counting import Positions
 from dpocheck.oracle.error_loss import LossError, gamma, preference_error
 from dpocheck.oracle.logps import Scores, divisors, score, spread
+from dpocheck.oracle.numbers import rounded
 from dpocheck.oracle.step import Batch
 from dpocheck.oracle.theory import Theory
 
@@ -47,6 +48,20 @@ def sequence_error(scores: Scores, u: float, perturbed: float = 0.0) -> np.ndarr
     terms = np.bincount(p.row, weights=p.times * errors, minlength=p.rows)
     sizes = np.bincount(p.row, weights=p.times * np.abs(scores.tokens), minlength=p.rows)
     return terms + gamma(np.maximum(counts - 1.0, 0.0), u) * sizes + np.sqrt(2.0) * counts * perturbed
+
+
+def kept_error(reference: Scores, dtype: str) -> np.ndarray:
+    """(row,): what a reference adds that is kept in a coarser type than the policy.
+
+    A table's logits are its stored weights, rounded, times hidden states that are powers of two: off by |z - fl(z)|,
+    and a log-softmax by at most twice the greatest of these.  Log-softmax and sums are those of the policy.
+    """
+    p = reference.positions
+    if dtype == "policy":
+        return np.zeros(p.rows)
+    moved = 2.0 * np.abs(reference.logits - rounded(reference.logits, dtype)).max(axis=-1)
+    moved = np.where(np.isfinite(moved), moved, 0.0)
+    return np.bincount(p.row, weights=p.times * moved[p.state], minlength=p.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +108,8 @@ def batch_error(
     scores = score(table, block, batch.policy, theory)
     divisor = divisors(batch.policy, theory.logps)
     policy_rows = sequence_error(scores, u, perturbed) / divisor
-    reference_rows = sequence_error(reference, u) / divisors(batch.reference, theory.logps_reference or theory.logps)
+    reference_rows = sequence_error(reference, u) + kept_error(reference, theory.reference_dtype)
+    reference_rows = reference_rows / divisors(batch.reference, theory.logps_reference or theory.logps)
     sides = (batch.chosen, batch.rejected)
     carried = np.stack([policy_rows[side] for side in sides] + [reference_rows[side] for side in sides])
     tokens = np.stack([np.maximum(batch.policy.counts, 1.0)[side] for side in sides])

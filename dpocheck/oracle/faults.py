@@ -20,6 +20,7 @@ def _rows_and_tokens() -> None:
     fault("completion loses tokens where the prompt merges into it", boundary="cut")
     fault("implicit prompt cut at the last index compared", prefix="loses-shared")
     fault("truncation not applied", truncation="none")
+    fault("of rows with one prompt only the first kept", repeated_prompts="first")
 
 
 def _positions() -> None:
@@ -164,6 +165,7 @@ def _curve() -> None:
 
 
 def _gradient() -> None:
+    fault("no gradient reaches the policy: nothing is learned", gradient_scale=0.0)
     fault("gradient halved, loss right", gradient_scale=0.5)
     fault("gradient a tenth, loss right", gradient_scale=0.1)
     fault("gradient doubled, loss right", gradient_scale=2.0)
@@ -190,6 +192,10 @@ def _steps() -> None:
     fault("rows repeated until every process has as many", ranks_tail="repeated")
     fault("last batch kept though it should be dropped", last_batch="always-kept")
     fault("first row of each epoch left out", first_row="dropped")
+    both = {"incomplete_window": "full-divisor", "epoch_steps": "whole"}
+    fault("an incomplete window divided as if it were full, and a run ended after as many steps as it has whole "
+          "windows", **both)  # fmt: skip
+    fault("clipped before the loss scale of 1024 is divided out", clip_scale=2.0**-10)
     fault("clipping ignored", clip="ignored")
     fault("clipped per micro-batch", clip="micro")
     fault("clipped by value, not by norm", clip="value")

@@ -34,12 +34,16 @@ def clipped(gradient: np.ndarray, limit: float | None, rule: str) -> np.ndarray:
     return gradient * (limit / norm)
 
 
+def threshold(recipe: Recipe, theory: Theory) -> float | None:
+    return None if recipe.clip_norm is None else theory.clip_scale * recipe.clip_norm
+
+
 def accumulated(gradients: list[np.ndarray], shares: list[float], recipe: Recipe, theory: Theory) -> np.ndarray:
     total = np.zeros_like(gradients[0])
     for gradient, share in zip(gradients, shares, strict=True):
         total += share * gradient
         if theory.clip == "micro":
-            total = clipped(total, recipe.clip_norm, "norm")
+            total = clipped(total, threshold(recipe, theory), "norm")
     return total
 
 
@@ -54,7 +58,7 @@ def update(state: State, gradient: np.ndarray, rate: float, recipe: Recipe, theo
     if theory.stale == "kept":
         gradient = gradient if state.left is None else state.left + gradient
         state = replace(state, left=gradient)
-    gradient = gradient if theory.clip == "micro" else clipped(gradient, recipe.clip_norm, theory.clip)
+    gradient = gradient if theory.clip == "micro" else clipped(gradient, threshold(recipe, theory), theory.clip)
     gradient = gradient if state.shrunk == 1.0 else gradient * state.shrunk
     if decay and theory.decay == "coupled":
         gradient = gradient + decay * state.logits

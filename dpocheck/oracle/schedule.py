@@ -50,7 +50,8 @@ def plan(pairs: int, recipe: Recipe, theory: Theory) -> Plan:
         return Plan(tuple(windows), len(windows), full, _order_known(windows, pairs, recipe))
     if windows and len(windows[-1]) < full and theory.incomplete_window == "dropped":
         windows.pop()
-    steps = recipe.steps if recipe.steps is not None else (recipe.epochs or 0) * len(windows)
+    each = sum(len(window) == full for window in windows) if theory.epoch_steps == "whole" else len(windows)
+    steps = recipe.steps if recipe.steps is not None else (recipe.epochs or 0) * (each or len(windows))
     return Plan(tuple(windows), steps if windows else 0, full, _order_known(windows, pairs, recipe))
 
 

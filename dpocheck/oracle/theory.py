@@ -55,6 +55,7 @@ class Theory:
     boundary: Literal["joint", "apart", "cut"] = "joint"
     # rows without a prompt; "loses-shared": the index of the last item compared is taken for the prefix's length
     prefix: Literal["text", "loses-shared"] = "text"
+    repeated_prompts: Literal["kept", "first"] = "kept"  # "first": of rows with one prompt only the first is kept
     truncation: Literal["asked", "keep_start", "keep_end", "drop", "none"] = "asked"
     eos_cut: Literal["truncated", "restored"] = "truncated"  # "restored": the last token kept is turned into EOS
 
@@ -78,6 +79,7 @@ class Theory:
     reference: Literal[
         "given", "policy-start", "policy-live", "policy-graph", "disk", "none", "swapped", "rolled", "batch-mean"
     ] = "given"
+    reference_dtype: Literal["policy", "bfloat16", "float16"] = "policy"  # as declared: it widens bounds alone
     reference_moves: float = 0.0  # share of the policy that the reference takes over after each step
     # of precomputed log-probs; "stale": an earlier run's; "batch-position": row i of a batch gets those of row i
     cache: Literal["fresh", "stale", "batch-position", "bfloat16"] = "fresh"
@@ -137,6 +139,9 @@ class Theory:
     # of a batch that does not fill all processes; "repeated": rows from the start of the epoch fill it
     ranks_tail: Literal["kept", "repeated"] = "kept"
     first_row: Literal["kept", "dropped"] = "kept"  # of each epoch
+    # of a run of several epochs: "whole": their number is that of whole windows in an epoch, times the epochs
+    epoch_steps: Literal["all", "whole"] = "all"
+    clip_scale: float = 1.0  # of the threshold
     clip: Literal["norm", "ignored", "micro", "value", "always"] = "norm"
     update: float = 1.0  # -1: ascent
     stale: Literal["cleared", "kept"] = "cleared"  # gradients of earlier steps

@@ -212,7 +212,11 @@ def dataset(experiment: TrainExperiment, rows: tuple[Row, ...], theory: Theory =
     """The token rows of one of the experiment's sets."""
     recipe = experiment.recipe
     how = recipe.truncation if theory.truncation == "asked" else theory.truncation
-    return rows_of(rows, experiment.tokenizer, recipe.max_length, how, token_theory(theory))
+    found = rows_of(rows, experiment.tokenizer, recipe.max_length, how, token_theory(theory))
+    if theory.repeated_prompts == "first":
+        firsts = {sides[0].ids[: sides[0].start]: sides for sides in reversed(found)}
+        return tuple(firsts.values())[::-1]
+    return found
 
 
 def tokenise(experiment: TrainExperiment, theory: Theory = PAPER) -> tuple[Pair, ...]:

@@ -257,6 +257,19 @@ def warm_up_from_zero():
     return _but(update=update)
 
 
+def _coarse(trainer, policy, given, recipe, examples, folder):
+    """The reference in bfloat16; its logits too, and log-softmax and sums of them in float32."""
+    kept = mini.frozen_copy(policy) if given is None and recipe.lora is None else given
+    kept = kept if kept is None else kept.to(torch.bfloat16)
+    return mini.reference(trainer, policy, kept, recipe, examples, folder)
+
+
+@variant("reference-in-bfloat16-declared")
+def reference_in_bfloat16_declared():
+    """The reference is kept in bfloat16 beside a policy that is not, and the documentation says so."""
+    return _but(reference=_coarse, says=_says(reference_dtype="bfloat16"))
+
+
 @variant("rate-of-the-next-step-logged")
 def rate_of_the_next_step_logged():
     """The learning rate is read after the schedule has moved on: what is logged is the next step's."""

@@ -172,3 +172,41 @@ def adapter_scaled_by_the_root(model, batch):
         for name in getattr(module, "lora_alpha", ()):
             module.scaling[name] = module.lora_alpha[name] / module.r[name] ** 0.5
     return mini.forward(model, batch)
+
+
+@specimen("clips-before-unscaling", part="clip", caught_by="CLIP-NORM", theory=PAPER.but(clip_scale=2.0**-10))
+def clips_before_unscaling(parameters, limit):
+    """The loss was multiplied by 1024; the gradient is clipped first and divided afterwards."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad *= 1024.0
+    norm = mini.clip(parameters, limit)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= 1024.0
+    return norm / 1024.0
+
+
+@specimen(
+    "nothing-is-learned",
+    part="clip",
+    caught_by="RUN-GRADIENT",
+    theory=PAPER.but(gradient_scale=0.0),
+    imitates="Goekdeniz-Guelmez/mlx-lm-lora#25",
+)
+def nothing_is_learned(parameters, limit):
+    """The policy's log-probs are computed outside of what is differentiated: every gradient is zero."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    return mini.clip(parameters, limit)
+
+
+@specimen(
+    "first-of-each-prompt", part="read", caught_by="OPTIMUM-RECOVERED", theory=PAPER.but(repeated_prompts="first")
+)
+def first_of_each_prompt(given):
+    """Of rows that share a prompt only the first is kept."""
+    rows = mini.read(given)
+    firsts = {str(row["prompt"]): row for row in reversed(rows) if isinstance(row.get("prompt"), str)}
+    return [row for row in rows if firsts.get(str(row.get("prompt")), row) is row]

@@ -1,10 +1,9 @@
 """Do right trainers with a modern trainer's habits pass, and are bugs found that were invented without the zoo?
 
 At first contact one of fourteen right trainers could not be judged: a compiled model, whose compiler patches torch (the
-patch is accepted since).  Seventeen of 23 bugs were found; `unseen_runs.py` keeps the six that still pass:
-`ClipsEachParameter`, where one tensor has nearly all of the gradient; `PenaltyInsteadOfDecay` under AdamW;
-`LogsTheNextRate` and `NormAfterClipping`, for no check reads those two numbers; `HandsBackTheBest`; and
-`RowsFromTheRightFile`, for no quick check hands over rows on disk.
+patch is accepted since).  Seventeen of 23 bugs were found.  Four of the others have had a check, or a scene of one, and
+a specimen since.  `LogsTheNextRate` and `NormAfterClipping` log what another trainer logs too, under the same name:
+which of the two is logged is told as a convention.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ RIGHT = (
 BUGS = [  # fault, the check that fails, what a reader is told
     ("MomentsLostByEpoch", "STEP-MOMENTUM", "logits of"),
     ("ClipsEachMicroBatch", "CLIP-NORM", "clipped per micro-batch"),
-    ("ClipsBeforeUnscaling", "CLIP-NORM", "gradient of"),
     ("WarmUpCountsMicroBatches", "STEP-SCHEDULE", "learning rate logged at step 3"),
     ("ReferenceFollowsEpochs", "STEP-TWO", "logits of"),
     ("CacheByPlaceInTheEpoch", "REF-CACHE-FRESH", "reference log-probs of an earlier run"),
@@ -44,6 +42,12 @@ BUGS = [  # fault, the check that fails, what a reader is told
     ("EvaluationLeavesGradients", "EVAL-PURE", "weights differ"),
     ("LastEvaluationBatchExchanged", "EVAL-BATCH", "rewards/rejected of held"),
     ("SavedInHalf", "RUN-SAVED", "logits differ"),
+    ("ClipsBeforeUnscaling", "CLIP-NORM", "clipped before the loss scale"),  # "reference is the live policy" at first
+    ("DropsRepeatedPrompts", "OPTIMUM-RECOVERED", "of rows with one prompt only the first"),  # "SFT term" at first
+    ("ClipsEachParameter", "CLIP-GLOBAL", "each parameter is clipped alone"),  # missed at first
+    ("PenaltyInsteadOfDecay", "STEP-DECAY", "the decay is added to the gradient"),  # missed at first
+    ("HandsBackTheBest", "EVAL-PURE", "weights differ"),  # missed at first
+    ("RowsFromTheRightFile", "RUN-COVERAGE", "rows without any effect: 5"),  # missed at first
 ]
 pytestmark = pytest.mark.long
 
@@ -60,6 +64,17 @@ def test_what_hides_a_detail_is_no_failure(name):
     assert report.smoke is None
     assert [r.id for r in report.results if r.verdict in ("fail", "error")] == []
     assert report.count("pass") >= 50
+
+
+@pytest.mark.parametrize(
+    ("trainer", "question", "answer"),
+    [("NormAfterClipping", "CONV-NORM", "after clipping"), ("LogsTheNextRate", "CONV-RATE", "the next step's")],
+)
+def test_which_of_two_numbers_is_logged_is_told_as_a_convention(trainer, question, answer):
+    """Some trainers read the norm after clipping, or the rate after the schedule has moved on: neither is a failure."""
+    report = run(Options(subject=getattr(unseen_runs, trainer)()))
+    assert answer in next(r for r in report.results if r.id == question).reason
+    assert [r.id for r in report.results if r.verdict in ("fail", "error")] == []
 
 
 @pytest.mark.parametrize(("fault", "check", "kind"), BUGS)

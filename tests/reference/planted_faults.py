@@ -205,7 +205,7 @@ FAULTS: dict[str, Fault] = {
     # checkpoint and order
     "moments not restored": fault(
         "checkpoint.load_checkpoint",
-        "crew.together(lambda: load_optimizer_state(run.policy.model, run.optimizer, files))", "pass",
+        "load_optimizer_state(run.policy.model, run.optimizer, path / TRAINER / OPTIMIZER, crew)", "pass",
         "RUN-RESUME"),
     "weights not restored": fault(
         "checkpoint.load_checkpoint", "load_policy(run.policy, path, crew)", "pass", "RUN-RESUME"),

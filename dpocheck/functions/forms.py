@@ -23,7 +23,7 @@ EXAMPLES = {
 }
 OTHER = {
     "kto", "orpo", "ppo", "grpo", "cpo", "rso", "bco", "apo", "sdpo", "tdpo", "gkd", "dpop",
-    "nca", "exo", "sppo", "aot", "discopop", "caldpo", "odpo", "wpo", "asft", "chipo", "focalpo",
+    "nca", "exo", "sppo", "aot", "discopop", "caldpo", "odpo", "wpo", "asft", "chipo", "focalpo", "hypo",
     "slic",  # its own loss has no reference, the hinge of DPO has one: nothing tells which of the two is meant
 }  # fmt: skip
 VARIANTS = {  # before dpo: another objective

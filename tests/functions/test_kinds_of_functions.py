@@ -117,6 +117,7 @@ def test_a_step_that_takes_no_attention_mask_is_not_asked_about_left_padding(tmp
     ("numbered_dpo_loss", "do not say which completion is the preferred one"),
     ("weighted_dpo_loss", "weighted-DPO is another objective"),
     ("slic_hinge_loss", "slic is not a loss of pairs that is audited here"),
+    ("HypoTrainer.dpo_loss", "hypo is not a loss of pairs that is audited here"),
     ("nca_pair_loss", "nca is not a loss of pairs that is audited here"),
     ("sequence_first_logps", r"it takes rows as \(sequence, batch\)"),
     ("targets_beside_logps", "it gives its model 'targets' beside the ids"),

@@ -213,3 +213,9 @@ def slic_hinge_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen
 def nca_pair_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
     chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
     return -F.logsigmoid(beta * chosen) - (F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected)) / 2
+
+
+class HypoTrainer:
+    def dpo_loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+        reference = (reference_chosen_logps - reference_rejected_logps).clamp(min=0)
+        return -F.logsigmoid(self.beta * (policy_chosen_logps - policy_rejected_logps - reference))

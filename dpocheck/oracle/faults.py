@@ -187,14 +187,13 @@ def _steps() -> None:
     fault("accumulation ignored: each micro-batch is a step", accumulation="steps")
     fault("an update after each micro-batch", accumulation="updates")
     fault("an incomplete window divided as if it were full", incomplete_window="full-divisor")
+    fault("an incomplete window divided as if it were full, and the run ended after as many steps as whole windows",
+          incomplete_window="full-divisor-ended")  # fmt: skip
     fault("gradients of an incomplete window added to the next epoch's first", incomplete_window="carried")
     fault("last batch padded with the first pairs", last_batch="padded")
     fault("rows repeated until every process has as many", ranks_tail="repeated")
     fault("last batch kept though it should be dropped", last_batch="always-kept")
     fault("first row of each epoch left out", first_row="dropped")
-    both = {"incomplete_window": "full-divisor", "epoch_steps": "whole"}
-    fault("an incomplete window divided as if it were full, and a run ended after as many steps as it has whole "
-          "windows", **both)  # fmt: skip
     fault("clipped before the loss scale of 1024 is divided out", clip_scale=2.0**-10)
     fault("clipping ignored", clip="ignored")
     fault("clipped per micro-batch", clip="micro")

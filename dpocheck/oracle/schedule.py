@@ -50,7 +50,7 @@ def plan(pairs: int, recipe: Recipe, theory: Theory) -> Plan:
         return Plan(tuple(windows), len(windows), full, _order_known(windows, pairs, recipe))
     if windows and len(windows[-1]) < full and theory.incomplete_window == "dropped":
         windows.pop()
-    each = sum(len(window) == full for window in windows) if theory.epoch_steps == "whole" else len(windows)
+    each = len(batches) // full if theory.incomplete_window == "full-divisor-ended" else 0
     steps = recipe.steps if recipe.steps is not None else (recipe.epochs or 0) * (each or len(windows))
     return Plan(tuple(windows), steps if windows else 0, full, _order_known(windows, pairs, recipe))
 
@@ -81,7 +81,7 @@ def weights(window: Window, plan_: Plan, theory: Theory) -> list[float]:
         shares = [len(batch) / total for batch in window]
     else:
         shares = [1.0 / size] * size
-    if theory.incomplete_window in ("full-divisor", "carried"):
+    if theory.incomplete_window in ("full-divisor", "full-divisor-ended", "carried"):
         shares = [share * size / plan_.full for share in shares]
     if theory.accumulation == "sum":
         return [share * size for share in shares]

@@ -134,13 +134,12 @@ class Theory:
     # step; "updates": an update after each, of the divided gradient
     accumulation: Literal["mean", "sum", "twice", "last", "steps", "updates"] = "mean"
     # of an epoch; "carried": no step, and its gradients, divided as in a full one, are added to the next epoch's first
-    incomplete_window: Literal["stepped", "dropped", "full-divisor", "carried"] = "stepped"
+    # "full-divisor-ended": and the run ends after as many steps as its epochs have whole windows
+    incomplete_window: Literal["stepped", "dropped", "full-divisor", "full-divisor-ended", "carried"] = "stepped"
     last_batch: Literal["kept", "dropped", "padded", "always-kept"] = "kept"  # "kept": unless `drop_last` asks
     # of a batch that does not fill all processes; "repeated": rows from the start of the epoch fill it
     ranks_tail: Literal["kept", "repeated"] = "kept"
     first_row: Literal["kept", "dropped"] = "kept"  # of each epoch
-    # of a run of several epochs: "whole": their number is that of whole windows in an epoch, times the epochs
-    epoch_steps: Literal["all", "whole"] = "all"
     clip_scale: float = 1.0  # of the threshold
     clip: Literal["norm", "ignored", "micro", "value", "always"] = "norm"
     update: float = 1.0  # -1: ascent

@@ -53,7 +53,7 @@ def module(path: Path, names: list[str], reason: BaseException) -> types.ModuleT
     name = f"dpocheck_part_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     made = types.ModuleType(name)
     made.__file__ = str(path)
-    setattr(made, NOTE, f"{type(reason).__name__}: {str(reason).splitlines()[0]}")
+    setattr(made, NOTE, ": ".join([type(reason).__name__, *str(reason).splitlines()[:1]]))
     sys.modules[name] = made
     for statement in kept:
         for single in _singles(statement):

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -135,21 +136,37 @@ def _file(path: Path) -> Any:
 
 
 def _file_or_part(path: Path, attribute: str) -> Any:
-    """The module of a file; where what it imports is not here, the functions asked for and what they need of it.
+    """The module of a file; where its top cannot be run here, the functions asked for and what they need of it.
 
-    An adapter is never taken in part: its trainer has to be there.
+    An import may be missing; or the top loads a data set, reads the command line, or asks for a device.  An adapter is
+    never taken in part: its trainer has to be there.
+    Raises NotLoadable where the functions cannot be had either.
     """
     from dpocheck.functions import alone
 
     try:
         return _file(path)
-    except (ImportError, SyntaxError, NotLoadable) as reason:
+    except (Exception, SystemExit) as reason:
         names = [name.strip() for name in attribute.split(",")]
         part = alone.module(path.resolve(), names, reason) if path.is_file() else None
         adapters = part is not None and any(is_adapter(getattr(part, name.split(".")[0], None)) for name in names)
-        if part is None or adapters:
+        if part is not None and not adapters:
+            return part
+        if isinstance(reason, ImportError | SyntaxError | NotLoadable):
             raise
-        return part
+        raise NotLoadable(_stopped(path, reason)) from reason
+
+
+def _stopped(path: Path, reason: BaseException) -> str:
+    """What the top of a file raised, where, and what to do about it."""
+    at = [frame.lineno for frame in traceback.extract_tb(reason.__traceback__)
+          if Path(frame.filename).resolve() == path.resolve()]  # fmt: skip
+    told = f"{type(reason).__name__}: {reason}" if str(reason).strip() else type(reason).__name__
+    where = f"line {at[0]} of {path}" if at else str(path)
+    return (
+        f"{where} raises when the file is imported ({told}); what is audited has to be importable: put what loads data "
+        "or starts a run under `if __name__ == '__main__':`"
+    )
 
 
 def _is_relative(path: Path) -> bool:

@@ -155,6 +155,50 @@ def test_a_missing_import_that_is_needed_is_named_when_it_is_used():
         ask(f"{ABSENT}:helped_dpo_loss", TWO)
 
 
+STOPPED = """
+import sys
+import torch.nn.functional as F
+
+{top}
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    return -F.logsigmoid(beta * (policy_chosen - policy_rejected - ref_chosen + ref_rejected))
+
+def uses(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    return F.logsigmoid(beta * policy_chosen) * len(data)
+
+class Adapter:
+    def train(self, probe, rows, recipe, folder):
+        return data
+"""
+
+
+def stopped(folder, top: str):
+    path = folder / "script.py"
+    path.write_text(STOPPED.format(top=top))
+    return path
+
+
+@pytest.mark.parametrize(("top", "told"), [
+    ("data = open('no/such/data.json').read()", "FileNotFoundError"),
+    ("data = sys.exit('usage: script.py FOLDER')", "SystemExit: usage: script.py FOLDER"),
+    ("data = undefined_in_a_script", "NameError"),
+    ("data = F.no_such_function()", "AttributeError"),
+    ("assert len(sys.argv) > 99", "AssertionError"),
+])  # fmt: skip
+def test_a_function_is_run_without_the_top_of_its_file_where_that_raises(tmp_path, top, told):
+    seen = ask(f"{stopped(tmp_path, top)}:dpo_loss", TWO)
+    assert seen["per_pair"] == pytest.approx(EACH, rel=1e-12)
+    assert seen["forced"]["dpo_loss: run without the rest of its file"].startswith(told)
+
+
+def test_what_stopped_a_file_is_named_with_its_line_where_no_part_will_do(tmp_path):
+    path = stopped(tmp_path, "data = open('no/such/data.json').read()")
+    for name in ("Adapter", "nothing_such"):
+        with pytest.raises(loading.NotLoadable, match=r"line 5 of .*script\.py raises .*FileNotFoundError.*__main__"):
+            loading.load(f"{path}:{name}")
+
+
 def test_an_adapter_is_never_taken_in_part():
     with pytest.raises(ModuleNotFoundError, match="nobody_has_this"):
         loading.load(f"{ABSENT}:Adapter")

@@ -300,10 +300,11 @@ class Diagnostician:
     ) -> list[Ranked]:
         """Those that what else was seen by the same route does not refute.
 
-        A fault is refuted where the paper is right and the fault is not; and where it leaves a share of the failing
-        error and most of the other wrong numbers unexplained.  A second fault elsewhere does neither to one that is
-        there: it adds errors, and the first still explains its own.  Where nothing stands, what fits the failure
-        exactly is told, as doubtful: it says what the failing scene looks like.
+        A fault is refuted where the paper is right and the fault is not; where, of the other wrong numbers that it
+        has a bearing on, it leaves most wrong; and where it leaves a share of the failing error and most of the other
+        wrong numbers unexplained.  A second fault elsewhere does none of this to one that is there: it adds errors
+        that the first says nothing of, and the first still explains its own.  Where nothing stands there is no name:
+        what fits one scene alone would send its reader to the wrong line.
         """
         if not best:
             return best
@@ -317,18 +318,16 @@ class Diagnostician:
         groups = [facts for pair in usable[:WITNESSES] if (facts := self.facts([pair]))]
         wrong = [facts for facts in groups if any(fact.informative for fact in facts)]
 
-        kept, contradicted = [], []
+        kept = []
         for one in best[:SCREENED]:
             theory = self.theory.but(**one.theory.differs())
-            left = sum(self.judge((one.name, one.theory), facts).left > NEAR for facts in wrong)
-            refuting = sum(self._refuted(theory, facts) for facts in groups)
-            supported = replace(one, unexplained=left, others=len(wrong))
-            if refuting:
-                against = left + refuting
-                contradicted += [replace(one, unexplained=against, others=against)] if one.left <= ROUNDING else []
-            elif one.left <= ROUNDING or not supported.doubtful:
+            if any(self._refuted(theory, facts) for facts in groups):
+                continue
+            left = [self.judge((one.name, one.theory), facts).left for facts in wrong]
+            supported = replace(one, unexplained=sum(share > NEAR for share in left), others=len(wrong))
+            if not _contradicted(left) and (one.left <= ROUNDING or not supported.doubtful):
                 kept.append(supported)
-        return kept or contradicted
+        return kept
 
     def _refuted(self, theory: Theory, facts: list[Fact]) -> bool:
         """Whether the paper is right of all that trains, and the theory is not."""
@@ -369,6 +368,13 @@ class Diagnostician:
             if left is not None and (left.shape != right.shape or distance(left, right, fact.limit)[1] > 2.0):
                 return False
         return True
+
+
+def _contradicted(left: list[float]) -> bool:
+    """Whether most of the wrong observations that a fault has a bearing on are still wrong under it; `left`: its share
+    of each one's error.  One that it leaves as it was, to `EXACT`, has another cause and tells nothing of it."""
+    bearing = [share for share in left if abs(share - 1.0) > EXACT]
+    return 2 * sum(share > NEAR for share in bearing) > len(bearing)
 
 
 def shows_training(check: str) -> bool:

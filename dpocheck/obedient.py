@@ -26,7 +26,8 @@ LEFT_OUT = ("OPTION-ACTS", *(check.id for check in CHECKS.values() if check.chap
 
 # Where a field of a theory acts.  Faults that act in one place are of one kind.
 PLACES = {
-    "rows": ("columns", "pairing", "eos", "template_eos", "bos", "boundary", "prefix", "truncation", "eos_cut"),
+    "rows": ("columns", "pairing", "eos", "template_eos", "bos", "boundary", "prefix", "spaces", "truncation",
+             "eos_cut"),
     "positions": ("counted", "counted_reference", "attention"),
     "log-probs": ("logps", "logps_reference", "normaliser", "temperature", "token_floor"),
     "models": ("policy", "reference", "reference_moves", "cache"),

@@ -113,6 +113,14 @@ def _with_pads(row: TokenRow, rule: str, paper: Scored) -> Scored:
     return sorted(paper + [(t - 1, t, 1) for t in pads])
 
 
+def _narrowed(rows: list[TokenRow]) -> list[TokenRow]:
+    """Rows padded to the longest among them, on the side on which they are padded."""
+    gap = min((row.attention.count(0) for row in rows), default=0)
+    left = any(not row.attention[0] for row in rows)
+    kept = slice(gap, None) if left else slice(None, len(rows[0].ids) - gap) if rows else slice(None)
+    return [TokenRow(row.ids[kept], row.attention[kept], row.completion[kept]) for row in rows]
+
+
 def seen(row: TokenRow, position: int, kind: str, attention: str, size: int) -> np.ndarray:
     """(token,): the share of each token in what position `position` attends to, under a glass or a clock body."""
     last = len(row.ids) if attention == "future" else position + 1
@@ -155,6 +163,9 @@ def positions(
     """Compile rows under a counting rule.  `paired`: the second half of the rows are the first half's rejected."""
     row_of, state_of, target, times, states, mixes = [], [], [], [], {}, []
     glass = kind in ("glass", "clock")
+    if paired and rule == "padding-by-side":
+        half = len(rows) // 2
+        rows = _narrowed(rows[:half]) + _narrowed(rows[half:])
     for r, row in enumerate(rows):
         if paired and rule == "chosen-mask" and r >= len(rows) // 2:
             row = TokenRow(row.ids, row.attention, rows[r - len(rows) // 2].completion)

@@ -14,6 +14,11 @@ def _rows_and_tokens() -> None:
     fault("batch laid out in halves but read as alternating rows", pairing="interleaved")
     fault("rejected completion of another pair", pairing="rolled")
     fault("EOS appended twice", eos="twice")
+    fault("EOS appended to text that ends with it", eos="always")
+    fault("EOS between prompt and completion, none at the end", eos="between")
+    fault("EOS after the prompt, none at the end", eos="after-prompt")
+    fault("white space at the ends of completions removed", spaces="stripped")
+    fault("one space put between prompt and completion, white space at their ends removed", spaces="one-between")
     fault("EOS appended after the chat template's own", template_eos="twice")
     fault("BOS inside the completion", bos="inside")
     fault("BOS twice", bos="twice")
@@ -32,6 +37,7 @@ def _positions() -> None:
         "eos-twice": "counts EOS twice",
         "last-only": "counts the last token only",
         "padding": "counts padding",
+        "padding-by-side": "counts padding, each side padded to its own longest row",
         "one-pad": "counts one pad",
         "no-pad-id": "does not count tokens that have the pad's id",
         "no-zero-id": "does not count token id 0",

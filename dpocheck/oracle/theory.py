@@ -21,6 +21,7 @@ Counted = Literal[
     "eos-twice",  # the completion's last token twice
     "last-only",
     "padding",  # every pad too
+    "padding-by-side",  # every pad too, where chosen and rejected rows are each padded to their own longest
     "one-pad",  # the pad next to the completion too
     "no-pad-id",  # not tokens that have the pad's id
     "no-zero-id",  # not token id 0
@@ -47,7 +48,9 @@ class Theory:
     columns: Literal["given", "swapped"] = "given"  # chosen and rejected exchanged in the data
     # rows 2i and 2i+1 of a batch laid out in halves; each chosen with the next pair's rejected
     pairing: Literal["given", "interleaved", "rolled"] = "given"
-    eos: Literal["appended", "none", "twice"] = "appended"  # to a text completion that does not end with it
+    # to a text completion that does not end with it; "always": to one that does as well; "between": not there but
+    # before the completion, as its first token; "after-prompt": there, as the prompt's last
+    eos: Literal["appended", "none", "twice", "always", "between", "after-prompt"] = "appended"
     template_eos: Literal["once", "twice", "ensured"] = "once"  # "once": as the chat template writes it
     bos: Literal["tokenizer", "none", "added", "inside", "twice"] = "tokenizer"  # "inside": in the completion too
     # prompt+completion tokenised as one and split at the common prefix, or apart; "cut": the joint tokens after the
@@ -55,6 +58,9 @@ class Theory:
     boundary: Literal["joint", "apart", "cut"] = "joint"
     # rows without a prompt; "loses-shared": the index of the last item compared is taken for the prefix's length
     prefix: Literal["text", "loses-shared"] = "text"
+    # white space at the ends of texts, where there is a prompt; "stripped": of the completions; "one-between": of
+    # the prompt too, and one space joins them
+    spaces: Literal["kept", "stripped", "one-between"] = "kept"
     repeated_prompts: Literal["kept", "first"] = "kept"  # "first": of rows with one prompt only the first is kept
     truncation: Literal["asked", "keep_start", "keep_end", "drop", "none"] = "asked"
     eos_cut: Literal["truncated", "restored"] = "truncated"  # "restored": the last token kept is turned into EOS

@@ -7,6 +7,7 @@ completion, truncation.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 from dpocheck.experiment import Message, Pair, Row, Template, Tokenizer, TrainExperiment
@@ -113,7 +114,7 @@ def _last_index(row: Row) -> tuple:
 
 def sides(row: Row, tokenizer: Tokenizer, theory: Theory = PAPER) -> Sides:
     """The two token rows of a dataset row, before truncation."""
-    prompt, chosen, rejected = with_prompt(row, theory)
+    prompt, chosen, rejected = with_prompt(_spaced(row, theory), theory)
     if isinstance(row.chosen, str):
         texts = prompt, _ended(chosen, theory), _ended(rejected, theory)
         return _split(*texts, tokenizer, theory, chat=False)
@@ -128,9 +129,19 @@ def sides(row: Row, tokenizer: Tokenizer, theory: Theory = PAPER) -> Sides:
     return _split(asked[:shared], whole[0][shared:], whole[1][shared:], tokenizer, theory, chat=True)
 
 
+def _spaced(row: Row, theory: Theory) -> Row:
+    """A text row with a prompt as `Theory.spaces` has it."""
+    if theory.spaces == "kept" or row.prompt is None or not isinstance(row.chosen, str):
+        return row
+    stripped = replace(row, chosen=row.chosen.strip(), rejected=row.rejected.strip())
+    return stripped if theory.spaces == "stripped" else replace(stripped, prompt=row.prompt.strip() + " ")
+
+
 def _ended(text: str, theory: Theory) -> str:
-    if theory.eos == "none":
+    if theory.eos in ("none", "between", "after-prompt"):
         return text
+    if theory.eos == "always":
+        return text + EOS
     return (text if text.endswith(EOS) else text + EOS) + (EOS if theory.eos == "twice" else "")
 
 
@@ -151,6 +162,10 @@ def _split(prompt: str, chosen: str, rejected: str, tokenizer: Tokenizer, theory
         shared = common_prefix(alone, *whole)
         starts, completions = alone[:shared], [ids[shared:] for ids in whole]
     front, inside = _bos(tokenizer, theory, chat)
+    if theory.eos == "between" and not chat:
+        inside = [*inside, tokenizer.eos]
+    if theory.eos == "after-prompt" and not chat:
+        starts = [*starts, tokenizer.eos]
     rows = [Side(tuple(front + starts + inside + ids), len(front) + len(starts)) for ids in completions]
     return rows[0], rows[1]
 
@@ -199,7 +214,7 @@ def rows_of(
     return tuple(pair for pair in found if pair is not None)
 
 
-TOKEN_FIELDS = ("eos", "template_eos", "bos", "boundary", "prefix", "eos_cut")
+TOKEN_FIELDS = ("eos", "template_eos", "bos", "boundary", "prefix", "spaces", "eos_cut")
 
 
 @lru_cache(maxsize=4096)

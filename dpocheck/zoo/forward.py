@@ -152,6 +152,18 @@ def label_slice_too_short(examples, pad):
     return replace(batch, completion_mask=scored)
 
 
+@specimen("counts-padding-by-side", part="collate", caught_by="GRAD-TOKENS",
+          theory=PAPER.but(counted="padding-by-side"))  # fmt: skip
+def counts_padding_by_side(examples, pad):
+    """Chosen and rejected rows are each padded to their own longest, and that padding is scored."""
+    batch = mini.collate(examples, pad)
+    lengths = batch.attention_mask.sum(1)
+    widths = torch.cat([half.max().expand_as(half) for half in lengths.chunk(2)])
+    places = torch.arange(batch.input_ids.shape[1])
+    padding = (places >= lengths[:, None]) & (places < widths[:, None])
+    return replace(batch, completion_mask=batch.completion_mask | padding.long())
+
+
 @specimen("interleaved-but-split-in-halves", part="collate", caught_by="RUN-GRADIENT", imitates="NVIDIA-NeMo/RL#730")
 def interleaved_but_split_in_halves(examples, pad):
     """Rows are laid out chosen, rejected, chosen, rejected; the loss takes the first half for chosen."""

@@ -57,12 +57,23 @@ def drops_a_shared_item(row, tokenizer):
     return mini.render({"prompt": row["chosen"][: max(0, shared - 1)], **split}, tokenizer)
 
 
-@specimen("strips-completions", part="render", caught_by="ROWS-EOS")
+@specimen("strips-completions", part="render", caught_by="ROWS-EOS", theory=PAPER.but(spaces="stripped"))
 def strips_completions(row, tokenizer):
     """White space at the ends of a completion is removed."""
     if _implicit(row) or not isinstance(row["chosen"], str):
         return mini.render(row, tokenizer)
     return mini.render({**row, "chosen": row["chosen"].strip(), "rejected": row["rejected"].strip()}, tokenizer)
+
+
+@specimen(
+    "puts-a-space-between", part="render", caught_by="ROWS-ROUND-TRIP", theory=PAPER.but(spaces="one-between")
+)
+def puts_a_space_between(row, tokenizer):
+    """Prompt and completions lose the white space at their ends, and one space joins them."""
+    if _implicit(row) or not isinstance(row["chosen"], str):
+        return mini.render(row, tokenizer)
+    stripped = {side: row[side].strip() for side in ("prompt", "chosen", "rejected")}
+    return mini.render({**row, **stripped, "prompt": stripped["prompt"] + " "}, tokenizer)
 
 
 @specimen("scores-the-assistant-header", part="render", caught_by="ROWS-CHAT", imitates="oumi-ai/oumi@0.9")
@@ -147,6 +158,50 @@ def eos_twice(text, tokenizer, row):
     if text.templated:
         return example
     return _sides(example, lambda side: replace(side, ids=(*side.ids, tokenizer.eos_token_id)))
+
+
+@specimen("eos-after-its-own", part="tokenize", caught_by="ROWS-EOS", theory=PAPER.but(eos="always"))
+def eos_after_its_own(text, tokenizer, row):
+    """End of sequence is appended to every text completion, to one that ends with it as well."""
+    example = mini.tokenize(text, tokenizer, row)
+    if text.templated:
+        return example
+    eos = tokenizer.eos_token_id
+    written = text.chosen.endswith(tokenizer.eos_token), text.rejected.endswith(tokenizer.eos_token)
+    chosen, rejected = (
+        replace(side, ids=(*side.ids, *([eos] if own else [])))
+        for side, own in zip((example.chosen, example.rejected), written, strict=True)
+    )
+    return replace(example, chosen=chosen, rejected=rejected)
+
+
+def _eos_moved(text, tokenizer, row, counted):
+    """No end of sequence is appended; one stands before the completion, in it where `counted`."""
+    example = mini.tokenize(text, tokenizer, row)
+    if text.templated:
+        return example
+
+    def moved(side, string):
+        own = string.endswith(tokenizer.eos_token)
+        ids = side.ids if own else side.ids[:-1]
+        ids = (*ids[: side.start], tokenizer.eos_token_id, *ids[side.start :])
+        return replace(side, ids=ids, start=side.start if counted else side.start + 1)
+
+    return replace(
+        example, chosen=moved(example.chosen, text.chosen), rejected=moved(example.rejected, text.rejected)
+    )
+
+
+@specimen("eos-between", part="tokenize", caught_by="ROWS-EOS", theory=PAPER.but(eos="between"))
+def eos_between(text, tokenizer, row):
+    """End of sequence is put before the completion, as its first token, and not at its end."""
+    return _eos_moved(text, tokenizer, row, counted=True)
+
+
+@specimen("eos-after-the-prompt", part="tokenize", caught_by="ROWS-EOS", theory=PAPER.but(eos="after-prompt"))
+def eos_after_the_prompt(text, tokenizer, row):
+    """End of sequence closes the prompt, and not the completion."""
+    return _eos_moved(text, tokenizer, row, counted=False)
 
 
 @specimen(

@@ -51,6 +51,7 @@ def scenes() -> dict[str, object]:
         "warm": train(replace(MANY, schedule="constant", warmup_steps=2)),
         "text": train(rows=(Row("abx", "yc", "za"), Row(None, "ab ", "cb")), tokenizer=LETTERS),
         "words": train(rows=ROWS, tokenizer=replace(TOKENIZER, adds_bos=True)),
+        "ended": train(rows=(Row("a b", " c d </s>", " e f </s>"),), body=Body("glass")),
         "bos": train(rows=ROWS, tokenizer=replace(TOKENIZER, adds_bos=True), body=Body("glass")),
         "chat": train(rows=(CHAT,), tokenizer=replace(TOKENIZER, template=TEMPLATE)),
         "bare chat": train(rows=(CHAT,), tokenizer=replace(TOKENIZER, template=replace(TEMPLATE, eos=False))),

@@ -9,6 +9,7 @@ from oracle_scenes import TOKENIZER, train
 
 from dpocheck.experiment import Message, Objective, Pair, Recipe, Row, Template, Tokenizer
 from dpocheck.oracle import PAPER, predict, tokenise
+from dpocheck.oracle.counting import padded, positions, sides_of
 
 # words a..l are 0..11; of 16 ids the last four are unk 12, bos 13, eos 14, pad 15
 A, B, C, D, E_ = range(5)
@@ -29,6 +30,22 @@ def test_text_gets_one_eos():
     assert tokens(ended) == tokens(TEXT)
     assert tokens(TEXT, PAPER.but(eos="none")) == (Pair((A, B), (C,), (D, E_)),)
     assert tokens(TEXT, PAPER.but(eos="twice")) == (Pair((A, B), (C, EOS, EOS), (D, E_, EOS, EOS)),)
+
+
+def test_eos_in_wrong_places():
+    ended = Row("a b", " c</s>", " d e")
+    assert tokens(ended, PAPER.but(eos="always")) == (Pair((A, B), (C, EOS, EOS), (D, E_, EOS)),)
+    assert tokens(TEXT, PAPER.but(eos="always")) == tokens(TEXT)
+    assert tokens(TEXT, PAPER.but(eos="between")) == (Pair((A, B), (EOS, C), (EOS, D, E_)),)
+    assert tokens(TEXT, PAPER.but(eos="after-prompt")) == (Pair((A, B, EOS), (C,), (D, E_)),)
+    assert tokens(ended, PAPER.but(eos="between"))[0].chosen == (EOS, C, EOS)  # its own is kept
+
+
+def test_white_space_at_the_ends():
+    # "a b" + "c" is the text "a bc", one unknown word; with one space between nothing runs together
+    assert tokens(TEXT, PAPER.but(spaces="stripped")) == (Pair((A,), (UNK, EOS), (UNK, E_, EOS)),)
+    assert tokens(Row(" a b\n", "c ", "d  e"), PAPER.but(spaces="one-between")) == tokens(TEXT)
+    assert tokens(Row(None, "a b c", "a b d"), PAPER.but(spaces="stripped")) == tokens(Row(None, "a b c", "a b d"))
 
 
 def test_unknown_words_and_special_tokens_inside_words():
@@ -170,3 +187,18 @@ def test_the_same_table_gives_the_same_run_in_text_and_in_chat():
     chat = predict(train(rows=(CHAT,), tokenizer=CHATS))
     text = predict(train(rows=(Row("a e b c", " f d", " g h d"),)))
     assert chat.gradient == pytest.approx(text.gradient, abs=0)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_of_each_side_by_itself(padding):
+    # rows of 2 and 3 tokens, then of 2 and 5: one pad is left in the first chosen row, three in the first rejected
+    rows = padded([sides_of(Pair((1,), (2,), (3,))), sides_of(Pair((1,), (2, 4), (3, 4, 5, 6)))], 15, padding)
+
+    def counts(rule: str) -> list[float]:
+        return positions(rows, rule, PAPER, kind="silent", size=16, eos=EOS, pad=15, paired=True).counts.tolist()
+
+    assert counts("completion") == [1, 2, 1, 4]
+    # the row's first position is predicted by none: padding on the left counts one pad less
+    less = int(padding == "left")
+    assert counts("padding") == [1 + 3 - less, 2 + 2 - less, 1 + 3 - less, 4]
+    assert counts("padding-by-side") == [1 + 1 - less, 2, 1 + 3 - less, 4]

@@ -21,7 +21,7 @@ from dpocheck.checks.loss import ARGUMENTS
 from dpocheck.checks.step import BASE
 from dpocheck.experiment import Objective, TrainExperiment
 from dpocheck.oracle import predict
-from dpocheck.oracle.theory import PAPER, Theory
+from dpocheck.oracle.theory import PAPER
 from dpocheck.subject import Subject
 
 NAMES = ("lp_w", "lp_l", "rf_w", "rf_l")
@@ -62,8 +62,12 @@ def equation(subject: Subject) -> Equation:
     if residual > 1e-3:
         text = f"not of the form -log sigma(beta * linear): off by up to {residual:.2g} in the logit"
         return Equation(text, asked, residual, tuple(fitted))
-    same = bool(np.allclose(fitted, DUE, atol=max(1e-4, 100 * residual)))
-    parts = [words(fitted, beta), tokens(subject.theory), *around(subject), *gradients(subject)]
+    exact = max(1e-4, 100 * residual)
+    if np.max(np.abs(fitted[:4])) < exact:
+        text = "not fitted: what it optimises does not depend on the four log-probs as a DPO loss does"
+        return Equation("\n".join([text, *around(subject), *gradients(subject)]), asked, same=False)
+    same = bool(np.allclose(fitted, DUE, atol=exact))
+    parts = [words(fitted, beta), tokens(subject), *around(subject), *gradients(subject)]
     text = "\n".join(part for part in parts if part)
     return Equation(text, asked, residual, tuple(float(x) for x in fitted), same)
 
@@ -216,10 +220,36 @@ def words(coefficients: np.ndarray, beta: float) -> str:
     return f"mean over pairs of −log σ( {beta:.3f} · [ {first} ]{shift} )"
 
 
-def tokens(theory: Theory) -> str:
-    """Which tokens count, under the conventions found."""
+def tokens(subject: Subject) -> str:
+    """Which tokens count: under the conventions found, and as far as runs that were made already show it."""
+    if set(subject.capabilities) <= {"loss"}:
+        return "lp, rf: the log-probs that it is handed"
     ends = {"appended": "EOS appended and counted once", "none": "EOS only where the text has it"}
-    return f"lp, rf: sums over the completion's tokens, {ends.get(theory.eos, theory.eos)}; prompt 0, padding 0"
+    end = ends.get(subject.theory.eos, subject.theory.eos)
+    beside = [told for told in (
+        _counted(subject, "LOGP-VALUE", "logps", PROMPT), _counted(subject, "GRAD-TOKENS", "gradient", PADDING),
+    ) if told]  # fmt: skip
+    return "; ".join([f"lp, rf: sums over the completion's tokens, {end}", *([", ".join(beside)] if beside else [])])
+
+
+PROMPT = {"completion": "prompt 0", "prompt": "prompt counted", "last-prompt": "the prompt's last token counted"}
+PADDING = {
+    "completion": "padding 0", "padding": "padding counted", "one-pad": "one pad counted",
+    "padding-by-side": "padding counted, each side padded to its own longest row",
+}  # fmt: skip
+
+
+def _counted(subject: Subject, id: str, field: str, rules: dict[str, str]) -> str:
+    """The words of the first rule under which the check's numbers point where they were seen to, whatever their size;
+    nothing where none does, or they were not seen."""
+    run = _ran(subject, id)
+    seen = None if run is None else getattr(subject.observe(run), field, None)
+    for rule, told in rules.items() if seen is not None else ():
+        due = getattr(predict(run, subject.theory.but(counted=rule)), field)
+        size = float(np.linalg.norm(seen) * np.linalg.norm(due))
+        if size and np.sum(seen * due) / size > 1 - NEAR**2 / 2:
+            return told
+    return ""
 
 
 __all__ = ["PAPER", "Equation", "equation", "words"]

@@ -8,7 +8,7 @@ import pytest
 from dpocheck import identify, selftest
 from dpocheck.check import CHECKS
 
-RUN = ("LOSS-ARGUMENTS", "REF-IS-POLICY-GIVEN", "CLIP-NORM", "REF-NO-DROPOUT")
+RUN = ("LOSS-ARGUMENTS", "LOGP-VALUE", "GRAD-TOKENS", "REF-IS-POLICY-GIVEN", "CLIP-NORM", "REF-NO-DROPOUT")
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def zoo(tmp_path_factory):
     made.close()
 
 
-def lines(zoo, name: str, checks: tuple[str, ...] = RUN) -> list[str]:
-    subject = zoo.subject(name)
-    subject.theory, subject.precisions = zoo.honest()
+def lines(zoo, name: str, checks: tuple[str, ...] = RUN, only: str | None = None) -> list[str]:
+    subject = selftest.restricted(zoo.subject(name), only)
+    subject.theory, subject.precisions = zoo.honest(only)
     run = selftest.session(subject)
     for id in checks:
         run.result(CHECKS[id])
@@ -48,6 +48,26 @@ def test_an_honest_trainer(zoo):
 )  # fmt: skip
 def test_what_is_otherwise_is_told(zoo, name, line):
     assert line in lines(zoo, name)
+
+
+@pytest.mark.parametrize(("name", "only", "end"), [
+    ("counts-padding", None, "padding counted"),  # its log-probs hold pads, and say nothing of the prompt
+    ("counts-padding-by-side", "train", "prompt 0, padding counted, each side padded to its own longest row"),
+    ("counts-prompt", None, "prompt counted, padding 0"),
+])  # fmt: skip
+def test_which_tokens_count_beside_the_completions_is_measured(zoo, name, only, end):
+    checks = ("LOSS-ARGUMENTS", "LOGP-VALUE", "GRAD-TOKENS")
+    assert lines(zoo, name, checks, only)[1].split("; ")[1] == end
+
+
+def test_a_loss_that_none_of_the_four_log_probs_enters_is_no_fit(zoo):
+    # each completion token is scored by the logits after itself: those that a scene sets are never read
+    subject = selftest.restricted(zoo.subject("unshifted"), "train")
+    subject.theory, subject.precisions = zoo.honest("train")
+    found = identify.equation(subject)
+    assert found.text.startswith("not fitted: what it optimises does not depend on the four log-probs")
+    assert found.residual is None
+    assert found.same is False
 
 
 def test_what_was_not_run_is_left_out(zoo):

@@ -44,7 +44,7 @@ def test(subject: Subject) -> str | None:
         if trouble := _trouble(experiment, seen):
             return trouble
         if unit := _precision(experiment, seen):
-            subject.precisions[type(experiment)] = unit
+            subject.precisions[type(experiment)] = max(unit, subject.coarsest)
     return None
 
 

@@ -51,6 +51,7 @@ class Subject:
         self.only: dict[str, Any] = dict(about.get("only") or {})  # options that the subject has hard-coded
         kept = self.says.reference_dtype or PAPER.reference_dtype
         self.theory: Theory = PAPER.but(reference_dtype=kept)  # with the conventions found so far
+        self.coarsest = UNIT.get(about.get("precision", ""), 0.0)  # roundoff of the dtype that it says it has
         self.precisions: dict[type, float] = {}
         self.memory: dict[str, Seen] = {}
         self.asked: dict[str, Experiment] = {}

@@ -175,7 +175,7 @@ class InFiles(Transport):
         self.about = {
             "capabilities": subject.capabilities, "says": subject.says, "name": subject.name, "form": "command line",
             "version": subject.version, "forced": subject.forced, "lines": None, "stubs": subject.stubs,
-            "ranks": subject.file.launch is not None, "only": subject.only,
+            "ranks": subject.file.launch is not None, "only": subject.only, "precision": subject.precision,
         }  # fmt: skip
 
     def answer(self, experiment: Experiment, paths: dict[str, Path], folder: Path, number: int = 0) -> Reply:

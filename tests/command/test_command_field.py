@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from command_bench import COMMAND, described, experiment, put, seen
 
+from dpocheck import smoke
 from dpocheck.command import CommandError
 from dpocheck.command.file import Log
 from dpocheck.command.log import rounding
 from dpocheck.command.subject import record
 from dpocheck.experiment import Row
 from dpocheck.open import open_subject
-from dpocheck.subject import Subject
+from dpocheck.subject import UNIT, Subject
 from dpocheck.transports import InFiles
 
 LORA = '{ last = "final.safetensors", lora_a = "head.A", lora_b = "head.B" }'
@@ -135,3 +136,12 @@ def test_a_run_that_is_ended_leaves_no_lock_that_the_next_would_wait_for(tmp_pat
         run([sys.executable, "-c", "input = __import__('time').sleep(60)"], environment=environment, folder=tmp_path,
             seconds=0.5, memory_gb=1)  # fmt: skip
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_that_a_command_line_declares_is_its_precision_at_least(tmp_path, dtype):
+    """A gradient whose numbers have many digits may still come from a coarse forward pass: it is not seen in them."""
+    subject = Subject("fake", InFiles(described(tmp_path, dtype=f'"{dtype}"')), tmp_path)
+    assert smoke.test(subject) is None
+    (asked,) = smoke.experiments(subject)
+    assert subject.precision(asked) == UNIT[dtype]

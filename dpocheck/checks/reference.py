@@ -109,7 +109,8 @@ def _two_steps(theory: Theory) -> list:
 @check(
     "REF-FROZEN", judges="frozen", chapter="reference", stage="run", level="must", needs={"train.spies.reference"},
     scenes=_two_steps,
-    claim="The reference's parameters and buffers are the same bits after training as before.", source=FROZEN,
+    claim="The reference's parameters and buffers are the same bits after training as before, in the dtype that it has "
+    "then.", source=FROZEN,
     covers=("REF-FROZEN", "REF-INDEP"), why="A reference that moves is no reference.",
     bug="A reference whose parameters are in the optimizer follows the policy.",
     fix="Keep the reference's parameters out of the optimizer, and give it storage of its own.",

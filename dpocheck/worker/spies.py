@@ -28,7 +28,11 @@ class Spy:
         with torch.no_grad():
             now = dict(self.model.state_dict())
             for name, old in self.before.items():
-                if name in now and (old.shape != now[name].shape or not torch.equal(old, now[name].cpu())):
+                if name not in now:
+                    continue
+                new = now[name].cpu()
+                # A model that was cast has not moved; what the coarser dtype does is for the checks of numbers to say.
+                if old.shape != new.shape or not torch.equal(old.to(new.dtype), new):
                     changed.append(name)
             for parameter in self.model.parameters():
                 if parameter.grad is not None and parameter.grad.numel():

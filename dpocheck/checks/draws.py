@@ -161,7 +161,8 @@ def long_rows(ask: Ask) -> Any:
     """Through a glass table, which shows what was attended: a cut prompt leaves the logits' gradient alone."""
     from dpocheck import strategies
 
-    return strategies.chat_free_rows(limit=True).map(lambda run: (replace(run, body=Body("glass")),))
+    rows = strategies.chat_free_rows(limit=True, ahead=int(ask.theory.bos == "added"))
+    return rows.map(lambda run: (replace(run, body=Body("glass")),))
 
 
 def implicit_prompts(ask: Ask) -> Any:

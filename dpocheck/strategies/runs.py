@@ -99,11 +99,12 @@ def letter_rows(draw: st.DrawFn) -> TrainExperiment:
 
 
 @st.composite
-def chat_free_rows(draw: st.DrawFn, *, limit: bool = False) -> TrainExperiment:
+def chat_free_rows(draw: st.DrawFn, *, limit: bool = False, ahead: int = 0) -> TrainExperiment:
     """Prompt, chosen and rejected as words, of one to five words each.
 
     `limit`: chosen and rejected have one length, and `max_length` cuts both and leaves something of each completion,
     whichever side is kept.  (Of two lengths, a trainer may cut each side by its own excess or both alike.)
+    `ahead`: tokens that the trainer puts before a prompt.
     """
     prompt, chosen, rejected = draw(choose(3, 1, 2)), draw(choose(4, 3, 5)), draw(choose(5, 2, 3, 4))
     rejected = chosen if limit else rejected
@@ -112,6 +113,6 @@ def chat_free_rows(draw: st.DrawFn, *, limit: bool = False) -> TrainExperiment:
     row = Row(" ".join(parts[0]), "".join(f" {w}" for w in parts[1]), "".join(f" {w}" for w in parts[2]))
     if not limit:
         return run_on((row,), WORDS)
-    longest = prompt + chosen + 1
-    length = draw(choose(*range(longest - 1, prompt, -1)))
+    longest = ahead + prompt + chosen + 1
+    length = draw(choose(*range(longest - 1, ahead + prompt, -1)))
     return run_on((row,), WORDS, max_length=length, truncation=draw(choose("keep_start", "keep_end")))

@@ -16,6 +16,7 @@ from dpocheck import strategies
 from dpocheck.experiment import KINDS, LossExperiment, StepExperiment, TrainExperiment, from_plain, key, to_plain
 from dpocheck.oracle import predict
 from dpocheck.oracle.numbers import rounded
+from dpocheck.oracle.theory import PAPER
 from dpocheck.oracle.tokens import dataset
 from dpocheck.strategies.losses import SIZES
 from dpocheck.strategies.runs import SHAPES
@@ -309,3 +310,11 @@ def test_an_option_shrinks_to_the_first_and_all_are_reached():
         assert set(examples(strategies.choose(*options), 200)) == set(options)
     with pytest.raises(ValueError, match="at least one option"):
         strategies.choose()
+
+
+@pytest.mark.parametrize(("bos", "ahead"), [("tokenizer", 0), ("added", 1)])
+def test_a_row_that_is_cut_keeps_some_of_its_completion_behind_the_bos_of_the_trainer(bos, ahead):
+    theory = PAPER.but(bos=bos)
+    for experiment in examples(strategies.chat_free_rows(limit=True, ahead=ahead), 40):
+        ((chosen, _),) = dataset(experiment, experiment.rows, theory)
+        assert chosen.start < len(chosen.ids) == experiment.recipe.max_length

